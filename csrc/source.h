@@ -1,0 +1,78 @@
+// Walks a batch in blocks of 4*LANES elements and hands each block's x0 and eps to a visitor.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "element.h"
+
+namespace erdfast::ERDFAST_ARCH {
+
+constexpr uint64_t POSTERIOR_DOMAIN = 0x5851F42D4C957F2Dull;  // erdfast.philox.DOMAINS["posterior"]
+constexpr int64_t LANES_PER_TASK = 1024;  // 4096 elements: 16 KB of fp32 an array, many tasks for every thread
+
+// Offset and count of part j of the block that starts at lane q.
+struct Layout {
+  int64_t numel, quarter;
+  bool contiguous;  // explicit noise: elements need no lanes, so a block is 4*LANES neighbours and memory streams
+
+  explicit Layout(const Source& source)
+      : numel(source.numel),
+        quarter((source.numel + 3) / 4),
+        contiguous(source.noise.data != nullptr && !source.moments) {}
+
+  int64_t offset(int64_t q, int j) const { return contiguous ? 4 * q + j * LANES : q + j * quarter; }
+
+  int count(int64_t q, int j) const {
+    const int64_t left = contiguous ? numel - offset(q, j) : std::min(quarter, numel - j * quarter) - q;
+    return static_cast<int>(std::clamp<int64_t>(left, 0, LANES));
+  }
+};
+
+struct Block {
+  float x0[4][LANES], eps[4][LANES];
+};
+
+inline void read_block(const Source& source, const Layout& layout, int64_t b, int64_t q, Block& block) {
+  const uint64_t id = source.sample_ids ? static_cast<uint64_t>(source.sample_ids[b]) : 0;
+  if (source.noise.data) {
+    for (int j = 0; j < 4; ++j)
+      load(source.noise, b * source.numel + layout.offset(q, j), layout.count(q, j), block.eps[j]);
+  } else {
+    NoiseStream{source.seed, id, source.stream}.fill(static_cast<uint32_t>(q), block.eps);
+  }
+  if (!source.moments) {
+    for (int j = 0; j < 4; ++j)
+      load(source.x0, b * source.numel + layout.offset(q, j), layout.count(q, j), block.x0[j]);
+    return;
+  }
+  float eta[4][LANES];
+  NoiseStream{source.seed ^ POSTERIOR_DOMAIN, id, source.stream}.fill(static_cast<uint32_t>(q), eta);
+  for (int j = 0; j < 4; ++j) {
+    float mean[LANES], std[LANES];
+    const int64_t offset = 2 * b * source.numel + layout.offset(q, j);
+    const int count = layout.count(q, j);
+    load(source.x0, offset, count, mean);
+    load(source.x0, offset + source.numel, count, std);
+#pragma omp simd simdlen(16)
+    for (int i = 0; i < LANES; ++i) block.x0[j][i] = source.moments_scale * (mean[i] + std[i] * eta[j][i]);
+  }
+}
+
+inline int64_t tasks_per_sample(const Layout& layout) {
+  return (layout.quarter + LANES_PER_TASK - 1) / LANES_PER_TASK;
+}
+
+// visit(task, b, q_begin, q_end) for every task of the batch, in parallel. The partition depends on the size of a sample
+// alone, so results do not depend on the number of threads.
+template <class Visit>
+inline void for_each_task(const Source& source, const Layout& layout, Visit visit) {
+  const int64_t per_sample = tasks_per_sample(layout), tasks = source.batch * per_sample;
+  const int threads = static_cast<int>(std::min<int64_t>(std::max(source.threads, 1), std::max<int64_t>(tasks, 1)));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t begin = task % per_sample * LANES_PER_TASK;
+    visit(task, task / per_sample, begin, std::min(begin + LANES_PER_TASK, layout.quarter));
+  }
+}
+
+}  // namespace erdfast::ERDFAST_ARCH

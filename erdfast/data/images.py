@@ -1,0 +1,120 @@
+"""Grids of pictures: numpy in, PNG out. Needs Pillow, at use."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BACKGROUND = (255, 255, 255)
+TEXT = (64, 64, 64)
+
+
+def image_grid(
+    images: np.ndarray,
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    cell: int = 64,
+    gap: int | None = None,
+) -> Image:
+    """One picture of many, row by row.
+
+    Small pictures are enlarged by a whole factor without interpolation, so that every pixel stays a sharp
+    square; none is ever shrunk.
+
+    Args:
+        images: (N, H, W, C) uint8 with C = 1 (grey) or 3, N >= 1.
+        columns: pictures per row; by default the smallest number that makes the grid no higher than wide.
+        row_labels: one short text per row, written to its left.
+        cell: pictures narrower than this many pixels are enlarged up to it.
+        gap: white pixels between pictures; by default a sixteenth of the picture, at least 2.
+
+    Returns:
+        An RGB Pillow image.
+    """
+    from PIL import Image, ImageDraw
+
+    rgb = _as_rgb(images)
+    total, height, width, _ = rgb.shape
+    columns = math.ceil(math.sqrt(total)) if columns is None else columns
+    if columns < 1 or cell < 1:
+        raise ValueError(f"columns and cell must be at least 1, got columns={columns}, cell={cell}")
+    rows = math.ceil(total / columns)
+    if row_labels is not None and len(row_labels) != rows:
+        raise ValueError(f"{rows} rows need {rows} row_labels, got {len(row_labels)}")
+    factor = max(1, cell // width)
+    height, width = height * factor, width * factor
+    gap = max(2, width // 16) if gap is None else gap
+    font = _font(height)
+    margin = _label_width(row_labels, font, gap)
+
+    sheet = Image.new(
+        "RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), BACKGROUND
+    )
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(rgb):
+        row, column = divmod(index, columns)
+        enlarged = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+        sheet.paste(
+            Image.fromarray(enlarged), (margin + gap + column * (width + gap), gap + row * (height + gap))
+        )
+    for row, label in enumerate(row_labels or ()):
+        draw.text((margin, gap + row * (height + gap) + height // 2), label, TEXT, font, anchor="rm")
+    return sheet
+
+
+def save_png(path: str | os.PathLike[str], image: Image) -> None:
+    """Write a PNG so that `path` holds the old file or the complete new one, never a part. Makes the
+    folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
+    try:
+        os.fchmod(handle, 0o644)  # mkstemp's 0600 would hide the picture from colleagues
+        with os.fdopen(handle, "wb") as stream:
+            image.save(stream, format="PNG")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_image_grid(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    cell: int = 64,
+) -> None:
+    """`image_grid` of (N, H, W, C) uint8 pictures, written by `save_png`."""
+    save_png(path, image_grid(images, columns=columns, row_labels=row_labels, cell=cell))
+
+
+def _as_rgb(images: np.ndarray) -> np.ndarray:
+    good = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
+    if not good or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise ValueError(f"images must be a non-empty uint8 array (N, H, W, 1 or 3), got {found}")
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _font(height: int):
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=min(28, max(10, round(0.3 * height))))
+
+
+def _label_width(labels: Sequence[str] | None, font, gap: int) -> int:
+    if not labels:
+        return 0
+    return math.ceil(max(font.getlength(label) for label in labels)) + 2 * gap

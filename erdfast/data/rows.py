@@ -1,0 +1,259 @@
+"""Arrays on disk as memory-mapped rows of bytes: npy, npz, safetensors and HDF5, without ever unpickling.
+
+Rows stay bytes until they are gathered. An array inside an npz may start at any byte, and bfloat16 is unknown
+to NumPy: copying a few rows and viewing the copy as numbers is right in every case, and the only copy there
+is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TORCH_DTYPES: dict[str, torch.dtype] = {
+    "u1": torch.uint8,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u2": torch.uint16,
+    "u4": torch.uint32,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+}
+
+_SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format itself: a larger number means that the file is something else."""
+
+
+class Rows(Protocol):
+    """N equal arrays."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> Tensor:
+        """(B,) int64 => (B, *shape) of `dtype`, a fresh contiguous tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByteRows:
+    """Rows backed by bytes in memory or in a mapped file."""
+
+    data: Tensor
+    """(N, bytes of a row) uint8."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See `Rows.take`."""
+        return self.data.index_select(0, indices).view(self.dtype).view(-1, *self.shape)
+
+
+class ShardedRows:
+    """Several `Rows` of one shape, end to end."""
+
+    def __init__(self, shards: Sequence[Rows]) -> None:
+        self.shards = list(shards)
+        self.dtype, self.shape = shards[0].dtype, shards[0].shape
+        self._ends = torch.tensor([len(shard) for shard in shards]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See `Rows.take`."""
+        out = torch.empty((indices.numel(), *self.shape), dtype=self.dtype)
+        owner = torch.bucketize(indices, self._ends, right=True)
+        for number in owner.unique().tolist():
+            where = (owner == number).nonzero().squeeze(1)
+            start = int(self._ends[number]) - len(self.shards[number])
+            out[where] = self.shards[number].take(indices[where] - start)
+        return out
+
+
+class HDF5Rows:
+    """Rows of a chunked or compressed HDF5 data set, read through one handle that stays open."""
+
+    def __init__(self, dataset) -> None:
+        self._dataset = dataset
+        self.dtype, self.shape = _torch_dtype(dataset.dtype), tuple(dataset.shape[1:])
+
+    def __len__(self) -> int:
+        return self._dataset.shape[0]
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See `Rows.take`. h5py wants increasing indices without repeats."""
+        unique, inverse = indices.unique(return_inverse=True)
+        return torch.from_numpy(self._dataset[unique.numpy()])[inverse]
+
+
+def read_npy(path: Path) -> ByteRows:
+    """A .npy file, mapped. ValueError if it is damaged, empty or of objects."""
+    return _map_npy(path, 0, path.name)
+
+
+def read_npz(path: Path) -> dict[str, ByteRows]:
+    """All arrays of a .npz file: those stored without compression are mapped, the others read into memory."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if info.compress_type == zipfile.ZIP_STORED:
+                arrays[name] = _map_npy(path, _member_offset(path, info), name)
+            else:
+                with archive.open(info) as stream:
+                    arrays[name] = _from_memory(np.lib.format.read_array(stream, allow_pickle=False), name)
+    return arrays
+
+
+def read_safetensors(path: Path) -> dict[str, ByteRows]:
+    """All tensors of a .safetensors file, mapped."""
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", _exactly(stream.read(8), 8))
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes: not a safetensors file")
+        header = json.loads(_exactly(stream.read(length), length))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"'{name}' has type {entry['dtype']}, expected one of {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        start, end = entry["data_offsets"]
+        dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"'{name}' has {end - start} bytes, which does not suit its shape {shape}")
+        tensors[name] = _map_bytes(path, 8 + length + start, shape, dtype, name)
+    return tensors
+
+
+def read_hdf5(path: Path) -> dict[str, Rows]:
+    """All data sets at the top of an HDF5 file: contiguous ones are mapped, the others read through h5py.
+
+    Raises:
+        ImportError: h5py is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs h5py: run `pip install erdfast[hdf5]`") from error
+    arrays: dict[str, Rows] = {}
+    handle = h5py.File(path, "r")  # stays open: opening it per sample is what makes other loaders slow
+    for name, dataset in handle.items():
+        if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
+            continue
+        offset = dataset.id.get_offset()  # None where the data lie in chunks
+        dtype = _torch_dtype(dataset.dtype, name)
+        arrays[name] = (
+            HDF5Rows(dataset) if offset is None else _map_bytes(path, offset, dataset.shape, dtype, name)
+        )
+    return arrays
+
+
+def _map_npy(path: Path, offset: int, name: str) -> ByteRows:
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        version = np.lib.format.read_magic(stream)
+        if version not in readers:
+            raise ValueError(f"'{name}' has npy version {version}, expected 1.0 or 2.0")
+        shape, fortran, dtype = readers[version](stream)
+        start = stream.tell()
+    torch_dtype = _torch_dtype(dtype, name)
+    if fortran and len(shape) > 1:
+        raise ValueError(f"'{name}' is stored in Fortran order: save numpy.ascontiguousarray of it")
+    return _map_bytes(path, start, shape, torch_dtype, name)
+
+
+def _map_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> ByteRows:
+    if len(shape) == 0 or 0 in shape:
+        raise ValueError(f"'{name}' is empty: its shape is {tuple(shape)}")
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    needed = offset + shape[0] * row_bytes
+    if needed > path.stat().st_size:
+        raise ValueError(
+            f"the file ends early: '{name}' needs {needed:,} bytes, there are {path.stat().st_size:,}"
+        )
+    # Mode "c" (copy on write) never touches the file, and spares PyTorch's warning about memory it may not
+    # write to.
+    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(shape[0], row_bytes))
+    return ByteRows(torch.from_numpy(mapped), dtype, tuple(shape[1:]))
+
+
+def _from_memory(array: np.ndarray, name: str) -> ByteRows:
+    dtype = _torch_dtype(array.dtype, name)
+    if array.ndim == 0 or array.size == 0:
+        raise ValueError(f"'{name}' is empty: its shape is {array.shape}")
+    array = np.ascontiguousarray(array)
+    return ByteRows(torch.from_numpy(array.reshape(len(array), -1).view(np.uint8)), dtype, array.shape[1:])
+
+
+def _torch_dtype(dtype: np.dtype, name: str = "array") -> torch.dtype:
+    code = f"{dtype.kind}{dtype.itemsize}"
+    if dtype.hasobject:
+        raise ValueError(
+            f"'{name}' holds Python objects, which would have to be unpickled: save plain numbers"
+        )
+    if code not in _TORCH_DTYPES or not dtype.isnative:
+        raise ValueError(
+            f"'{name}' has type {dtype.str}, expected one of {', '.join(_TORCH_DTYPES)} in native order"
+        )
+    return _TORCH_DTYPES[code]
+
+
+def _member_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin: after the 30 bytes, name and extra field of its LOCAL header."""
+    with path.open("rb") as stream:
+        stream.seek(info.header_offset + 26)
+        name_bytes, extra_bytes = struct.unpack("<HH", _exactly(stream.read(4), 4))
+    return info.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _exactly(data: bytes, length: int) -> bytes:
+    if len(data) != length:
+        raise ValueError(f"the file ends early: expected {length} more bytes, got {len(data)}")
+    return data

@@ -1,0 +1,55 @@
+"""Backbones: `model(x, time, y)` from a configuration's `build()`; presets by name: `erdfast.presets`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from erdfast.models.backbone import Backbone, BackboneConfig
+from erdfast.models.dit import DiT, DiTConfig
+from erdfast.models.flops import forward_flops, parameter_count, training_flops, training_memory_bytes
+from erdfast.models.published import load_published
+from erdfast.models.uvit import UViT, UViTConfig
+
+BACKBONES: dict[str, type[BackboneConfig]] = {"dit": DiTConfig, "uvit": UViTConfig}
+"""Configuration class by the name that `describe()` writes."""
+
+
+def config_from_dict(description: Mapping[str, Any]) -> BackboneConfig:
+    """The configuration that `BackboneConfig.describe` described, also after a round trip through JSON.
+
+    Raises:
+        ValueError: an unknown backbone or field, a missing field, or an impossible value.
+    """
+    values = dict(description)
+    name = values.pop("backbone", None)
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)}")
+    fields = {
+        field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(BACKBONES[name])
+    }
+    unknown = [key for key in values if key not in fields]
+    missing = [key for key, required in fields.items() if required and key not in values]
+    if unknown or missing:
+        raise ValueError(
+            f"a {name} configuration has the fields {', '.join(fields)}; unknown {unknown}, missing {missing}"
+        )
+    return BACKBONES[name](**values)
+
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneConfig",
+    "DiT",
+    "DiTConfig",
+    "UViT",
+    "UViTConfig",
+    "config_from_dict",
+    "forward_flops",
+    "load_published",
+    "parameter_count",
+    "training_flops",
+    "training_memory_bytes",
+]

@@ -1,0 +1,190 @@
+"""What every backbone has in common: fields of its configuration, checks of its inputs, its accounting.
+
+A new backbone is one file with a configuration and a module derived from the two classes here, and rows in
+the preset table. Names of shapes: see layers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from erdfast.ops.attention import check_attention_backend
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """What a step costs, in the units from which models/flops.py computes operations and memory."""
+
+    tokens: int
+    """Tokens that pass through the blocks, per image."""
+    weights_per_token: int
+    """Numbers in the matrices that every token is multiplied with."""
+    weights_per_image: int
+    """Multiplications and additions that happen once per image: time embedding, modulation, convolution."""
+    compute_activations: int
+    """Numbers per image that the backward needs, stored in the dtype of the matrix products."""
+    residual_activations: int
+    """Numbers per image that the backward needs, stored in the dtype of the residual stream and norms."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Fields that every backbone has. Frozen: `dataclasses.replace` makes another, `build` makes the network.
+
+    Raises ValueError on construction if a value is impossible.
+    """
+
+    backbone: ClassVar[str]
+    """The name under which the configuration is described: a key of BACKBONES."""
+
+    input_shape: tuple[int, int, int] = (4, 32, 32)
+    """(C, H, W) of the input: channels, height, width. Latents of 256 pixel images by default."""
+    patch_size: int = 2
+    """Side of a patch, in input elements; divides height and width."""
+    width: int
+    """Channels of a token."""
+    depth: int
+    """Number of transformer blocks."""
+    num_heads: int
+    """Attention heads; divides the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of an MLP over the width."""
+    num_classes: int = 1000
+    """Number of classes; label `num_classes` is the null class of guidance. 0: an unconditional network."""
+    attention: str = "auto"
+    """Back end of the attention op: a name of ATTENTION_BACKENDS."""
+
+    def __post_init__(self) -> None:
+        # JSON knows lists only; a configuration read back from it must equal the one written.
+        object.__setattr__(self, "input_shape", tuple(self.input_shape))
+        if len(self.input_shape) != 3:
+            raise ValueError(f"input_shape is (channels, height, width), not {self.input_shape}")
+        sizes = {
+            "patch_size": self.patch_size,
+            "width": self.width,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+        }
+        sizes |= dict(zip(("channels", "height", "width of the input"), self.input_shape, strict=True))
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, value in zip(("height", "width"), self.input_shape[1:], strict=True):
+            if value % self.patch_size:
+                raise ValueError(
+                    f"the input's {name} {value} is not divisible by patch_size {self.patch_size}"
+                )
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
+        if self.mlp_width < 1:
+            raise ValueError(f"mlp_ratio must give a hidden width of at least 1, not {self.mlp_ratio}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0 (0: unconditional), not {self.num_classes}")
+        check_attention_backend(self.attention)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in a column and in a row of the input."""
+        return self.input_shape[1] // self.patch_size, self.input_shape[2] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of an MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.input_shape[0]
+
+    def build(self) -> Backbone:
+        """The network with freshly drawn weights, on the default device (`with torch.device(...)`)."""
+        raise NotImplementedError
+
+    def accounting(self) -> Accounting:
+        """Tokens, weights and activations of one image in training."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, with the backbone's name, from which `config_from_dict` rebuilds this."""
+        values = dataclasses.asdict(self)
+        return {"backbone": self.backbone, **values, "input_shape": list(self.input_shape)}
+
+
+class Backbone(nn.Module):
+    """Base of the networks: (x, time, y) => prediction.
+
+    Weights may be float32 (with or without autocast) or of a lower dtype. Time features are computed in
+    float32 always.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.input_shape = config.input_shape
+        self.out_channels = config.out_channels
+
+    def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
+        """The prediction for a batch.
+
+        Args:
+            x: (B, C, H, W), floating point; converted to the dtype of the weights.
+            time: (B,) float32, as `Coefficients.time` holds it. (Not lower: bf16 has no number between 996
+                and 1000.)
+            y: (B,) int64 or int32 in 0..num_classes, where num_classes is the null class; None if and only if
+                the network is unconditional. The values are not checked: that would make the host wait for
+                the device.
+
+        Returns:
+            (B, C_out, H, W).
+
+        Raises:
+            ValueError: a shape or dtype is not as above.
+        """
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Draw all parameters anew as published and fill the tables: for a model from the meta device.
+
+        Works on plain tensors, so before sharding. Draws from the default generator of each parameter's
+        device.
+        """
+        raise NotImplementedError
+
+    def blocks_for_sharding(self) -> list[nn.Module]:
+        """The transformer blocks in running order: the units of sharding, compiling and recomputing."""
+        raise NotImplementedError
+
+    def check_inputs(self, x: Tensor, time: Tensor, y: Tensor | None) -> None:
+        """Raise ValueError unless shapes and dtypes are those of `forward`; never looks at values."""
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
+            raise ValueError(f"x must be (B, {', '.join(map(str, self.input_shape))}), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, not {x.dtype}")
+        if tuple(time.shape) != (x.shape[0],):
+            raise ValueError(f"time must be ({x.shape[0]},), one number per sample, not {tuple(time.shape)}")
+        if time.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"time must be float32, not {time.dtype}, which rounds it (under FSDP2 mixed precision set "
+                "cast_forward_inputs=False)"
+            )
+        if self.num_classes == 0:
+            if y is not None:
+                raise ValueError("this network is unconditional (num_classes=0): call it with y=None")
+            return
+        if y is None:
+            raise ValueError(
+                f"this network needs labels y (B,) in 0..{self.num_classes}, the last being the null class"
+            )
+        if tuple(y.shape) != (x.shape[0],) or y.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"y must be ({x.shape[0]},) int64 or int32, not {tuple(y.shape)} {y.dtype}")

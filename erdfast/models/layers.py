@@ -1,0 +1,170 @@
+"""Layers that the backbones share.
+
+B batch, C channels, Y x X image, P patch size, L tokens, D width, H heads, K head width, M hidden width of an
+MLP, E width of the time features. A suffix names a tensor's shape: x_BLD is (B, L, D).
+
+The small functions (`modulated_norm`, `gated_residual`, `join_skip`) are the memory-bound steps between the
+matrix products: a fused kernel replaces one of them without a change in the backbones. Parameter names are
+those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erdfast.ops.attention import attention, check_attention_backend
+
+
+def modulated_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without parameters, then `x * (1 + scale) + shift` with one shift and scale per sample."""
+    normed_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps)
+    return normed_BLD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+
+
+def gated_residual(x_BLD: Tensor, gate_BD: Tensor, branch_BLD: Tensor) -> Tensor:
+    """`x + gate * branch` with one gate per sample and channel."""
+    return x_BLD + gate_BD.unsqueeze(1) * branch_BLD
+
+
+def join_skip(linear: nn.Linear, x_BLD: Tensor, skip_BLD: Tensor) -> Tensor:
+    """The Linear(2D -> D) of a long skip: its first D inputs take x, the other D the skip."""
+    return linear(torch.cat([x_BLD, skip_BLD.to(x_BLD.dtype)], dim=-1))
+
+
+def patchify(image_BCYX: Tensor, patch_size: int) -> Tensor:
+    """(B, C, Y, X) => (B, L, C*P*P), rows of patches first; Y and X are multiples of P."""
+    B, C, Y, X = image_BCYX.shape
+    P = patch_size
+    grid = image_BCYX.reshape(B, C, Y // P, P, X // P, P)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, (Y // P) * (X // P), C * P * P)
+
+
+def unpatchify(patches_BLN: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, L, P*P*C) => (B, C, Y, X). Unlike in `patchify`, the channel is a patch's fastest index."""
+    rows, columns = grid
+    P = patch_size
+    B, _, N = patches_BLN.shape
+    C = N // (P * P)
+    image = patches_BLN.reshape(B, rows, columns, P, P, C).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(B, C, rows * P, columns * P)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each through one Linear: (B, C, Y, X) => (B, L, D).
+
+    The weight has the shape (D, C, P, P) and the initialisation of the convolution in the published models.
+    """
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, image_BCYX: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is a matrix product. Spelled so, its backward needs no
+        # choice of a convolution algorithm and is deterministic.
+        weight = self.proj.weight
+        patches = patchify(image_BCYX.to(weight.dtype), self.patch_size)
+        return F.linear(patches, weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, L, D) => (B, L, D)."""
+
+    def __init__(self, width: int, num_heads: int, *, qkv_bias: bool, backend: str = "auto") -> None:
+        super().__init__()
+        check_attention_backend(backend)
+        self.num_heads = num_heads
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        B, L, D = x_BLD.shape
+        qkv = self.qkv(x_BLD).reshape(B, L, 3, self.num_heads, D // self.num_heads)
+        # Unbound before they are transposed: the backward then stacks the three gradients straight into the
+        # layout of qkv, in one pass.
+        q_BHLK, k_BHLK, v_BHLK = (part_BLHK.transpose(1, 2) for part_BLHK in qkv.unbind(2))
+        out_BHLK = attention(q_BHLK, k_BHLK, v_BHLK, backend=self.backend)
+        return self.proj(out_BHLK.transpose(1, 2).reshape(B, L, D))
+
+
+class Mlp(nn.Module):
+    """Linear(D -> M), GELU, Linear(M -> D); `approximate` is "none" (exact, U-ViT) or "tanh" (DiT)."""
+
+    def __init__(self, width: int, hidden: int, *, approximate: str) -> None:
+        super().__init__()
+        self.approximate = approximate
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BLD), approximate=self.approximate))
+
+
+class TimeFeatures(nn.Module):
+    """Sine-cosine features of the time: (B,) => (B, E) float32, cosines first, E even.
+
+    The frequencies are 10000^(-i/(E/2)), i < E/2. They live on the model's device as a float32 buffer that no
+    cast of
+    the model lowers: at time 999 a bf16 frequency would be off by two radians.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        if features % 2:
+            raise ValueError(f"the number of time features must be even, not {features}")
+        self.features = features
+        self.register_buffer("frequencies", torch.empty(features // 2, dtype=torch.float32), persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Fill the table, for instance after a model built on the meta device got its memory."""
+        half = self.features // 2
+        index = torch.arange(half, dtype=torch.float32, device=self.frequencies.device)
+        self.frequencies.copy_(torch.exp(-math.log(10000.0) * index / half))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeFeatures:
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype != torch.float32:
+            self.frequencies = torch.empty_like(self.frequencies, dtype=torch.float32)
+            self.init_weights()
+        return self
+
+    def forward(self, time_B: Tensor) -> Tensor:
+        angles = time_B.float().unsqueeze(1) * self.frequencies
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+def sincos_table(grid: tuple[int, int], width: int, *, device: torch.device | None = None) -> Tensor:
+    """The fixed position table of DiT: (1, rows*columns, width) float32, width a multiple of 4.
+
+    The first half of a row encodes the column, the second half the row; each half is sines then cosines.
+    """
+    if width % 4:
+        raise ValueError(f"a sine-cosine position table needs a width that is a multiple of 4, not {width}")
+    rows, columns = grid
+    quarter = width // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+
+    def encode(positions: int) -> Tensor:
+        angles = torch.arange(positions, dtype=torch.float64, device=device).unsqueeze(1) * omega
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+    by_column = encode(columns).expand(rows, columns, width // 2)
+    by_row = encode(rows).unsqueeze(1).expand(rows, columns, width // 2)
+    return torch.cat([by_column, by_row], dim=2).reshape(1, rows * columns, width).float()
+
+
+def xavier_uniform(weight: Tensor) -> None:
+    """Glorot's uniform initialisation in place, of a weight (out, ...) read as the matrix (out, the rest)."""
+    fan_out, fan_in = weight.shape[0], weight[0].numel()
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    nn.init.uniform_(weight, -bound, bound)

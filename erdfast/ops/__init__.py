@@ -1,0 +1,12 @@
+"""Fused operations: a functional API over a readable reference, compiled CPU code and Triton kernels.
+
+Importing this package needs PyTorch alone; back ends load at first use.
+"""
+
+from .add_noise import add_noise
+from .attention import attention
+from .backend import BACKENDS
+from .diffusion_loss import diffusion_loss
+from .source import Moments, NoiseKey
+
+__all__ = ["BACKENDS", "Moments", "NoiseKey", "add_noise", "attention", "diffusion_loss"]

@@ -1,0 +1,119 @@
+"""x_t = alpha*x0 + sigma*eps in one pass, with eps computed from a key: one read and one write an element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import KERNEL_DTYPES, launcher
+from .source import (
+    CoefficientsLike,
+    Moments,
+    NoiseKey,
+    Source,
+    check_coefficients,
+    column,
+    make_source,
+    reference_x0_eps,
+)
+
+
+def add_noise(
+    x0: Tensor | Moments,
+    coef: CoefficientsLike,
+    key: NoiseKey | None = None,
+    *,
+    noise: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Noised data x_t = alpha*x0 + sigma*eps (ERD, sec. 2.1).
+
+    Args:
+        x0: (B, ...) float32, bfloat16 or float16 (float64 for the reference), contiguous; or Moments to draw it from.
+        coef: anything with `alpha` and `sigma`, (B,) float32, such as `Process.coefficients(t)`.
+        key: where the noise comes from; `diffusion_loss` with the same key sees the same noise.
+        noise: an explicit eps of x0's shape in place of a key.
+        dtype: of the result; x0's by default.
+        backend: "reference", "cpu" or "triton"; by default the fastest of the device.
+
+    Returns:
+        x_t with the shape of x0. Differentiable in x0 (and, by the reference, in alpha and sigma).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit, or the back end cannot run; the message says which.
+    """
+    source = make_source(x0, key, noise, backend)
+    check_coefficients(source, alpha=coef.alpha, sigma=coef.sigma)
+    out_dtype = source.x0.dtype if dtype is None else dtype
+    if not out_dtype.is_floating_point or (source.backend != "reference" and out_dtype not in KERNEL_DTYPES):
+        raise ValueError(f"dtype is {out_dtype}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
+    if source.backend == "reference":
+        return _reference(source, coef.alpha, coef.sigma, out_dtype)
+    if coef.alpha.requires_grad or coef.sigma.requires_grad:
+        raise ValueError("gradients for alpha and sigma need backend='reference'; detach them otherwise")
+    if source.moments_scale is not None and source.x0.requires_grad:
+        raise ValueError("gradients for moments need backend='reference'; detach them otherwise")
+    return _add_noise(
+        source.x0,
+        coef.alpha,
+        coef.sigma,
+        source.noise,
+        source.seed,
+        source.stream,
+        source.sample_ids,
+        source.moments_scale,
+        out_dtype,
+        source.backend,
+    )
+
+
+def _reference(source: Source, alpha: Tensor, sigma: Tensor, out_dtype: torch.dtype) -> Tensor:
+    compute = torch.float64 if torch.float64 in (source.x0.dtype, alpha.dtype) else torch.float32
+    x0, eps = reference_x0_eps(source, compute)
+    return (column(alpha, x0) * x0 + column(sigma, x0) * eps).to(out_dtype)
+
+
+def _out_shape(x0: Tensor, moments_scale: float | None) -> tuple[int, ...]:
+    if moments_scale is None:
+        return tuple(x0.shape)
+    return (x0.shape[0], x0.shape[1] // 2, *x0.shape[2:])
+
+
+@torch.library.custom_op("erdfast::add_noise", mutates_args=())
+def _add_noise(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    stream: Tensor | None,
+    sample_ids: Tensor | None,
+    moments_scale: float | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    out = torch.empty(_out_shape(x0, moments_scale), dtype=dtype, device=x0.device)
+    launcher(backend, "add_noise").add_noise(out, x0, noise, alpha, sigma, seed, stream, sample_ids, moments_scale)
+    return out
+
+
+@_add_noise.register_fake
+def _(x0, alpha, sigma, noise, seed, stream, sample_ids, moments_scale, dtype, backend):
+    return torch.empty(_out_shape(x0, moments_scale), dtype=dtype, device=x0.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.x0_dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (alpha,) = ctx.saved_tensors
+    grad_x0 = (column(alpha, grad) * grad).to(ctx.x0_dtype) if ctx.needs_input_grad[0] else None
+    return (grad_x0, *[None] * 9)
+
+
+_add_noise.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,109 @@
+"""Which implementation runs an op: `reference`, `cpu` (C++) or `triton`; chosen by device, overridable, never silently.
+
+Back ends load at first use, so that importing `erdfast.ops` needs PyTorch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the compiled back ends take; the reference takes float64 too."""
+
+
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}
+
+
+@functools.cache
+def load_extension() -> ModuleType | str:
+    """The compiled extension, or the reason why there is none."""
+    try:
+        return importlib.import_module("erdfast._C")
+    except ImportError as error:
+        return f"the extension erdfast._C cannot be imported ({error}); `pip install .` builds it"
+
+
+@functools.cache
+def load_kernels(name: str) -> ModuleType | str:
+    """A module of Triton kernels, or the reason why there is none."""
+    try:
+        return importlib.import_module(f"erdfast.kernels.{name}")
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported ({error}); `pip install triton` provides Triton"
+
+
+def launcher(backend: str, op: str) -> ModuleType:
+    """The module whose function `op` runs the op on a compiled back end.
+
+    Raises:
+        RuntimeError: it cannot be loaded; the message says why.
+    """
+    if backend == "cpu":
+        return importlib.import_module("erdfast.ops.cpu")
+    kernels = load_kernels(op)
+    if isinstance(kernels, str):
+        raise RuntimeError(kernels)
+    return kernels
+
+
+def cpu_isa() -> str:
+    """The instruction set asked for by ERDFAST_CPU_ISA (baseline, avx2, avx512); empty for the fastest."""
+    return os.environ.get("ERDFAST_CPU_ISA", "")
+
+
+def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on this device and dtype; None when it can."""
+    if backend == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"{dtype} is not among its dtypes (float32, bfloat16, float16)"
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"the data is on {device}"
+        loaded = load_extension()
+    else:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type != "cuda" and not interpreted:
+            return f"the data is on {device} and Triton needs a GPU (or TRITON_INTERPRET=1)"
+        loaded = load_kernels("diffusion_loss")
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def resolve_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The back end to run: `requested`, or the fastest for the device and dtype.
+
+    float64 always takes the reference. Where the fast back end of a device is missing, the reference takes over with one
+    warning.
+
+    Raises:
+        ValueError: `requested` is unknown or cannot run here; the message says why.
+    """
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"unknown backend {requested!r}; choose from {', '.join(BACKENDS)}")
+    if torch.compiler.is_compiling():  # imports cannot be traced: what is missing is then said when the op runs
+        return requested or ("reference" if dtype == torch.float64 else _FASTEST.get(device.type, "reference"))
+    if requested is not None:
+        reason = _unavailable(requested, device, dtype)
+        if reason:
+            raise ValueError(f"backend {requested!r} is not available here: {reason}")
+        return requested
+    if dtype == torch.float64:
+        return "reference"
+    fastest = _FASTEST.get(device.type, "reference")
+    reason = _unavailable(fastest, device, dtype)
+    if reason is None:
+        return fastest
+    _warn_once(f"erdfast runs its slow reference on {device.type}: {reason}")
+    return "reference"

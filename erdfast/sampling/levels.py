@@ -1,0 +1,165 @@
+"""Noise levels: where along the noise axis a sampler evaluates the network.
+
+All of it runs once per call of `sample`, on the host, in float64: a sampling loop never asks the device for a
+number.
+
+The level of a discrete process at label i is `sigma_i / alpha_i`, read from the process itself, hence from
+the very schedule that the network was trained under. For the `cosine` schedule this equals the recursion
+`u[j-1] = sqrt((u[j]^2 + 1) / max(abar'(j-1)/abar'(j), 0.001) - 1)` of EDM's iDDPM preconditioning (Karras et
+al. 2022, table 1), which is a telescoped cumulative product of `1 - beta` with beta clipped at 0.999.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from erdfast.process import Process
+
+RHO = 7.0
+"""Exponent of EDM's spacing (Karras et al. 2022, eq. 5 and table 1)."""
+
+LARGEST_LEVEL = 80.0
+"""EDM's largest sigma/alpha; also where a continuous process starts if its velocity is singular at t = 1."""
+
+
+class Levels(NamedTuple):
+    """The grid of one sampling run: N levels, then the clean end."""
+
+    positions: tuple[float, ...]
+    """N + 1 values of the variable integrated over, descending: sigma/alpha then 0 (EDM), or t (uniform)."""
+
+    times: tuple[float, ...]
+    """N times of the process, one per level that the network may see: integer labels if discrete, else t."""
+
+    scale: float
+    """Amplitude of the noise at the first level: the initial state is `scale` times a standard normal."""
+
+
+def noise_table(process: Process) -> np.ndarray:
+    """Noise level sigma/alpha of every label of a discrete process: (T,) float64, ascending."""
+    labels = torch.arange(_num_timesteps(process), device=_device_of(process))
+    alpha, sigma = process.schedule.alpha_sigma(labels)
+    return (sigma / alpha).cpu().numpy()
+
+
+def _num_timesteps(process: Process) -> int:
+    count = process.schedule.num_timesteps
+    if count is None:
+        raise ValueError("a continuous process has no table of noise levels; use uniform_levels")
+    return count
+
+
+def _edm(table: np.ndarray, steps: int) -> np.ndarray:
+    """Karras et al. 2022, eq. 5, between 0.002 and 80 or what the table reaches."""
+    sigma_min, sigma_max = max(0.002, table[0]), min(LARGEST_LEVEL, table[-1])
+    ends = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
+    return (ends[1] + np.linspace(0.0, 1.0, steps) * (ends[0] - ends[1])) ** RHO
+
+
+def _iddpm(table: np.ndarray, steps: int) -> np.ndarray:
+    """Equal steps of the label, between 0.002 and 81 or what the table reaches."""
+    inside = table[(table >= 0.002) & (table <= 81.0)][::-1]
+    if len(inside) == 0:
+        raise ValueError(
+            f"no noise level of {table[0]:.3g}..{table[-1]:.3g} is within 0.002..81, the range of 'iddpm'"
+        )
+    return inside[np.rint(np.linspace(0.0, len(inside) - 1, steps)).astype(np.int64)]
+
+
+def _vp(table: np.ndarray, steps: int) -> np.ndarray:
+    """Equal steps in the time of the VP SDE from 1 to 0.001, refitted to the ends of the table."""
+    first, last = 1.0, 0.001
+
+    def level(t: np.ndarray | float, beta_d: float, beta_min: float) -> np.ndarray:
+        return np.sqrt(np.expm1(0.5 * beta_d * np.square(t) + beta_min * np.asarray(t)))
+
+    sigma_min = max(float(level(last, 19.9, 0.1)), table[0])
+    sigma_max = min(float(level(first, 19.9, 0.1)), table[-1])
+    log_min, log_max = np.log1p(sigma_min**2), np.log1p(sigma_max**2)
+    beta_d = 2.0 * (log_min / last - log_max) / (last - first)
+    return level(first + np.linspace(0.0, 1.0, steps) * (last - first), beta_d, log_max - 0.5 * beta_d)
+
+
+LEVEL_SETS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"edm": _edm, "iddpm": _iddpm, "vp": _vp}
+"""Rules for discrete processes: (table of levels, N) -> N descending levels, before rounding to the table."""
+
+
+def table_levels(table: np.ndarray, steps: int, level_set: str = "edm") -> Levels:
+    """N levels of a discrete process, each rounded to the nearest of its table, then 0.
+
+    Args:
+        table: (T,) ascending noise levels by label, see `noise_table`.
+        steps: N >= 1. With N = 1 the only level is the largest.
+        level_set: a name of LEVEL_SETS.
+
+    Raises:
+        ValueError: unknown level set, or fewer than one step.
+    """
+    if level_set not in LEVEL_SETS:
+        raise ValueError(f"level set {level_set!r} is not one of {sorted(LEVEL_SETS)} for a discrete process")
+    _check_steps(steps)
+    wanted = LEVEL_SETS[level_set](table, steps)
+    labels = np.abs(table[None, :] - wanted[:, None]).argmin(axis=1)
+    sigmas = tuple(float(table[label]) for label in labels)
+    return Levels((*sigmas, 0.0), tuple(int(label) for label in labels), sigmas[0])
+
+
+def uniform_levels(process: Process, steps: int) -> Levels:
+    """N equal steps in t from pure noise (t = 1) to clean data (t = 0).
+
+    A target that holds no x0 where alpha vanishes (`eps` or `score` on `flow` or `gvp`) leaves the velocity
+    at t = 1 undetermined, and close to it a network's error is multiplied by about sigma/alpha. Such a run
+    starts at sigma/alpha = LARGEST_LEVEL, as EDM's does.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    _check_steps(steps)
+    schedule = process.schedule
+    start = 1.0
+    if _velocity_gain(process, start) > LARGEST_LEVEL:
+        logsnr = torch.tensor([-2.0 * math.log(LARGEST_LEVEL)], dtype=torch.float64)
+        start = float(schedule.t_from_logsnr(logsnr))
+    _, sigma = schedule.alpha_sigma(torch.tensor([start], dtype=torch.float64))
+    grid = tuple(float(t) for t in np.linspace(start, 0.0, steps + 1))
+    return Levels(grid, grid[:-1], float(sigma))
+
+
+def _velocity_gain(process: Process, time: float) -> float:
+    """Factor between an error of the network and that of its velocity (k-Diff, appendix A)."""
+    t = torch.tensor([time], dtype=torch.float64, device=_device_of(process))
+    with torch.no_grad():
+        return float(process.to_u(torch.ones_like(t), torch.zeros_like(t), t).abs())
+
+
+def _device_of(process: Process) -> torch.device:
+    """Where the process keeps its tables or learnable numbers; the CPU if it has none."""
+    held = next(itertools.chain(process.parameters(), process.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+
+
+def make_levels(process: Process, steps: int, level_set: str | None = None) -> Levels:
+    """The levels of a process: `level_set` (None means `edm`) if discrete, equal steps in t if continuous.
+
+    Raises:
+        ValueError: a level set that the process does not have, or fewer than one step.
+    """
+    if process.schedule.discrete:
+        return table_levels(noise_table(process), steps, level_set or "edm")
+    if level_set not in (None, "uniform"):
+        raise ValueError(
+            f"level set {level_set!r} is for a discrete process; a continuous one takes 'uniform'"
+        )
+    return uniform_levels(process, steps)

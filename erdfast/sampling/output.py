@@ -1,0 +1,73 @@
+"""What goes with the images: labels in a fixed order, and the npz file that ADM's evaluation reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
+    """The classes in turn, so that each comes equally often (within one): (num,) int64.
+
+    Args:
+        num: number of labels, at least 0.
+        num_classes: classes that the model knows.
+        classes: the classes to take, in this order; None means all.
+
+    Raises:
+        ValueError: no class to choose from, or a class outside 0..num_classes-1.
+    """
+    chosen = list(range(num_classes)) if classes is None else [int(c) for c in classes]
+    if num < 0:
+        raise ValueError(f"num must be at least 0, got {num}")
+    if not chosen:
+        raise ValueError("no classes to draw from: the model is unconditional or the list is empty")
+    outside = sorted({c for c in chosen if not 0 <= c < num_classes})
+    if outside:
+        raise ValueError(f"classes {outside} are not within 0..{num_classes - 1}")
+    return torch.tensor(chosen, dtype=torch.int64)[torch.arange(num) % len(chosen)]
+
+
+def save_npz(
+    path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | Tensor | None = None
+) -> Path:
+    """Writes `arr_0` (images) and `arr_1` (labels) as ADM's evaluation reads them; complete or not at all.
+
+    Args:
+        path: the file, which replaces one of that name; its folder is made if need be.
+        images: NHWC, uint8, 1 or 3 channels; grey ones are repeated to RGB.
+        labels: (N,) integers, or None for a file without `arr_1`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: another shape or dtype, or as many labels as there are not images.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 NHWC with 1 or 3 channels, got {images.dtype} {images.shape}")
+    arrays = {"arr_0": np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images}
+    if labels is not None:
+        arrays["arr_1"] = np.asarray(labels).astype(np.int64)
+        if arrays["arr_1"].shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images but labels of shape {arrays['arr_1'].shape}")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target

@@ -1,0 +1,1 @@
+"""The trainer: one compiled step, what it records, and how it resumes."""

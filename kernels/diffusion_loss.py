@@ -1,0 +1,215 @@
+"""Per-sample sums of the weighted squared error and its gradient, in one pass over memory.
+
+    r = pred - (c_x * x0 + c_eps * eps)                                (design: "The two ops at the centre"; ERD, sec. 3.4)
+    sums_b = (sum_i r^2, sum_i r*x0, sum_i r*eps)                      loss = mean_b[ w_b * sums_b0 / n ]
+    d loss / d pred = 2 w_b / (B n) * r
+
+The three sums also give the gradients for w, c_x and c_eps (learnable targets): d loss/d w_b = sums_b0 / (B n), d loss/d c_x =
+-2 w_b / (B n) * sums_b1, d loss/d c_eps = -2 w_b / (B n) * sums_b2. Noise and posterior draws as in add_noise.py, regenerated.
+
+Per element, s_p and s_x being the bytes of one number of pred and of x0:
+
+    read      s_p + s_x  (s_p + 2 s_x with moments)   + that of the noise, if given
+    written   s_p        (nothing without the gradient), and 12 bytes for each program's sums
+    flops     11         (14 with moments)            + 15 float and 15 integer operations for each normal drawn
+
+The partition of a sample depends on its size alone and partial sums are added in a fixed order (blocks as trees, programs in a
+second stage where a sample needs several), so that results do not depend on the batch size and repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import load_float, partition, quarter_mask, quarter_start
+from .philox import POSTERIOR_DOMAIN, normal4
+
+_SCALARS = ["c_x_ptr", "c_eps_ptr", "w_ptr", "seed_ptr", "stream_ptr", "ids_ptr", "grad_scale_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_SCALARS)
+def diffusion_loss_kernel(
+    sums_ptr,
+    grad_ptr,
+    pred_ptr,
+    x0_ptr,
+    noise_ptr,
+    c_x_ptr,
+    c_eps_ptr,
+    w_ptr,
+    seed_ptr,
+    stream_ptr,
+    ids_ptr,
+    grad_scale_ptr,
+    moments_scale,
+    grad_unit,
+    n,
+    quarter,
+    chunks,
+    KEYED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: STEPS blocks of lanes of one sample. Pointers are None for what a variant neither needs nor makes."""
+    pid = tl.program_id(0)
+    b = (pid // chunks).to(tl.int64)
+    first = (pid % chunks) * (BLOCK * STEPS)
+    c_x = tl.load(c_x_ptr + b)
+    c_eps = tl.load(c_eps_ptr + b)
+    if KEYED or MOMENTS:
+        seed = tl.load(seed_ptr)
+        stream = tl.load(stream_ptr)
+        sample_id = tl.load(ids_ptr + b)
+    if grad_ptr is not None:
+        factor = tl.load(w_ptr + b) * grad_unit
+        if grad_scale_ptr is not None:
+            factor *= tl.load(grad_scale_ptr)
+    sum_rr = tl.zeros([BLOCK], tl.float32)
+    sum_rx = tl.zeros([BLOCK], tl.float32)
+    sum_re = tl.zeros([BLOCK], tl.float32)
+    for step in range(STEPS):
+        q = first + step * BLOCK + tl.arange(0, BLOCK)
+        if KEYED:
+            eps4 = normal4(seed, q, sample_id, stream)
+        if MOMENTS:
+            eta4 = normal4(seed ^ POSTERIOR_DOMAIN, q, sample_id, stream)
+        for j in tl.static_range(4):
+            mask = quarter_mask(q, quarter, n, j)
+            start = quarter_start(quarter, j)
+            if MOMENTS:
+                mean = load_float(x0_ptr + (b * 2 * n + start), q, mask)
+                std = load_float(x0_ptr + (b * 2 * n + n + start), q, mask)
+                x0 = moments_scale * (mean + std * eta4[j])
+            else:
+                x0 = load_float(x0_ptr + (b * n + start), q, mask)
+            if KEYED:
+                eps = tl.where(mask, eps4[j], 0.0)  # lanes beyond the sample must not enter the sums
+            else:
+                eps = load_float(noise_ptr + (b * n + start), q, mask)
+            r = load_float(pred_ptr + (b * n + start), q, mask) - (c_x * x0 + c_eps * eps)
+            if grad_ptr is not None:
+                tl.store(grad_ptr + (b * n + start) + q, (factor * r).to(grad_ptr.dtype.element_ty), mask=mask)
+            sum_rr += r * r
+            sum_rx += r * x0
+            sum_re += r * eps
+    if sums_ptr is not None:
+        sums = sums_ptr + pid.to(tl.int64) * 3
+        tl.store(sums, tl.sum(sum_rr, axis=0))
+        tl.store(sums + 1, tl.sum(sum_rx, axis=0))
+        tl.store(sums + 2, tl.sum(sum_re, axis=0))
+
+
+@triton.jit
+def add_partials_kernel(sums_ptr, partials_ptr, chunks, BLOCK: tl.constexpr):
+    """Second stage: (B, chunks, 3) -> (B, 3), one program and one tree per sample. 12 bytes read per chunk."""
+    b = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, BLOCK)
+    for k in tl.static_range(3):
+        partials = tl.load(partials_ptr + b * chunks * 3 + chunk * 3 + k, mask=chunk < chunks, other=0.0)
+        tl.store(sums_ptr + b * 3 + k, tl.sum(partials, axis=0))
+
+
+SCALE_BLOCK = 2048
+"""8 elements to each of a program's 256 threads: 16 bytes of bf16 and fp16, twice 16 of float32."""
+
+
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
+def scale_kernel(values_ptr, scale_ptr, numel, BLOCK: tl.constexpr):
+    """values *= scale in float32, rounded once; 2 s bytes and 1 flop per element, 4 bytes per program if scale is 1."""
+    scale = tl.load(scale_ptr)
+    if scale != 1.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        i = tl.arange(0, BLOCK)
+        mask = i < tl.minimum(numel - start, BLOCK).to(tl.int32)
+        values = load_float(values_ptr + start, i, mask) * scale
+        tl.store(values_ptr + start + i, values.to(values_ptr.dtype.element_ty), mask=mask)
+
+
+def diffusion_loss(
+    pred: Tensor,
+    x0: Tensor,
+    noise: Tensor | None,
+    c_x: Tensor,
+    c_eps: Tensor,
+    w: Tensor,
+    seed: Tensor | None,
+    stream: Tensor | None,
+    sample_ids: Tensor | None,
+    moments_scale: float | None,
+    grad_scale: Tensor | None,
+    want_sums: bool,
+    want_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(sums, grad) of the loss; None for what is not wanted. All tensors contiguous, on one device; the caller has checked them.
+
+    Args:
+        pred: (B, n), float32, bfloat16 or float16. NaN and infinities in it show in the sums.
+        x0: (B, n), or (B, 2n) with `moments_scale`: n means, then n standard deviations. Any of the three dtypes.
+        noise: (B, n) of any of the three dtypes, or None to draw it from the key.
+        c_x, c_eps, w: (B,) float32.
+        seed, stream: 0-d int64, read on the device; may be None if nothing is drawn. Of `stream` the low 32 bits count.
+        sample_ids: (B,) int64; may be None if nothing is drawn.
+        moments_scale: None if x0 is data, else the factor of the posterior sample.
+        grad_scale: 0-d float32 that multiplies the gradient before it is rounded (the loss scale of fp16), or None for 1.
+        want_sums, want_grad: what to compute.
+
+    Returns:
+        sums: (B, 3) float32, the sums of r^2, r*x0 and r*eps over each sample.
+        grad: (B, n) of pred's dtype, grad_scale * 2 w_b / (B n) * r, computed in float32 and rounded once.
+    """
+    batch, n = pred.shape
+    grad = torch.empty_like(pred) if want_grad else None
+    if pred.numel() == 0 or not (want_sums or want_grad):
+        return (pred.new_zeros((batch, 3), dtype=torch.float32) if want_sums else None), grad
+    part = partition(n)
+    partials = pred.new_empty((batch, part.chunks, 3), dtype=torch.float32) if want_sums else None
+    with torch.cuda.device_of(pred):
+        diffusion_loss_kernel[(batch * part.chunks,)](
+            partials,
+            grad,
+            pred,
+            x0,
+            noise,
+            c_x,
+            c_eps,
+            w,
+            seed,
+            stream,
+            sample_ids,
+            grad_scale,
+            1.0 if moments_scale is None else moments_scale,
+            2.0 / (batch * n),
+            n,
+            part.quarter,
+            part.chunks,
+            KEYED=noise is None,
+            MOMENTS=moments_scale is not None,
+            STEPS=part.steps,
+            BLOCK=part.block,
+            num_warps=part.num_warps,
+        )
+        if partials is None:
+            return None, grad
+        if part.chunks == 1:
+            return partials.view(batch, 3), grad
+        sums = pred.new_empty((batch, 3), dtype=torch.float32)
+        block = triton.next_power_of_2(part.chunks)
+        add_partials_kernel[(batch,)](sums, partials, part.chunks, BLOCK=block, num_warps=4)
+    return sums, grad
+
+
+def scale_(values: Tensor, scale: Tensor) -> Tensor:
+    """Multiplies a contiguous fp32, bf16 or fp16 tensor in place by a 0-d float32 on its device; a scale of 1 writes nothing.
+
+    The backward of the fused loss: the scale is read on the device, so that nothing waits for it. Returns `values`.
+    """
+    if values.numel() == 0:
+        return values
+    programs = triton.cdiv(values.numel(), SCALE_BLOCK)
+    with torch.cuda.device_of(values):
+        scale_kernel[(programs,)](values, scale, values.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+    return values

@@ -1,0 +1,75 @@
+"""How the elements of a sample are divided among programs and lanes, shared by the kernels of add_noise and diffusion_loss.
+
+Lane q of a sample of n elements owns elements q, q+Q, q+2Q and q+3Q, Q = ceil(n/4): the sample is four quarters, in each of
+which neighbouring lanes touch neighbouring elements, so that every quarter is read and written in 16-byte pieces (8-byte ones
+of bf16 and fp16) whenever Q is a multiple of 16, that is for n a multiple of 64. Normals reach the threads that own their
+elements through 4 KiB of shared memory: computing them there at once, four calls of normal4 interleaved, saves 3% of the
+instructions for such n and costs 14% for all others. One program works on `block` lanes of one sample at a time. Programs lie on grid axis 0 alone (its limit is 2^31-1, that of the others 65,535).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+MAX_BLOCK = 1024
+"""Lanes of a program: a latent of 4x32x32 is one program, so that its sums need no second stage."""
+
+MIN_BLOCK = 128
+"""One warp. Fewer lanes would save nothing, more variants would only be compiled."""
+
+LANES_PER_THREAD = 4
+"""16 bytes of float32, and four independent chains of Philox to hide the latency of its multiplications. Registers with 2, 4
+and 8 lanes to a thread, the worse of sm_80 and sm_90, nowhere a spill (`python -m bench.aot` prints those of 4):
+
+    add_noise       fp32 key  32,  54,  63     bf16 key with moments  53, 64, 128
+    diffusion_loss  fp32 key  40,  74, 116     bf16 key with moments  63, 88, 167
+
+With 4, an SM holds at least 2 programs of 256 threads and as a rule 3 to 5; only reductions in several steps (samples of more
+than 8 million elements) take more, up to 176."""
+
+MAX_CHUNKS = 2048
+"""Programs per sample at most, so that their partial sums fit one block of the second stage of the reduction."""
+
+
+class Partition(NamedTuple):
+    """A function of n alone: sums are bitwise the same whatever the batch size."""
+
+    quarter: int
+    """Q = ceil(n/4), the number of lanes."""
+    block: int
+    """Lanes of one step of a program, a power of 2."""
+    steps: int
+    """Steps of a program in the reduction, a power of 2."""
+    chunks: int
+    """Programs per sample in the reduction, at most MAX_CHUNKS."""
+    num_warps: int
+
+
+def partition(n: int) -> Partition:
+    """Divides a sample of n >= 1 elements."""
+    quarter = triton.cdiv(n, 4)
+    block = min(MAX_BLOCK, max(MIN_BLOCK, triton.next_power_of_2(quarter)))
+    steps = triton.next_power_of_2(triton.cdiv(quarter, block * MAX_CHUNKS))
+    chunks = triton.cdiv(quarter, block * steps)
+    return Partition(quarter, block, steps, chunks, num_warps=block // (32 * LANES_PER_THREAD))
+
+
+@triton.jit
+def quarter_start(quarter, j: tl.constexpr):
+    """The first element of quarter j as an int64 scalar: q + 3Q may exceed int32."""
+    return tl.cast(quarter, tl.int64) * j
+
+
+@triton.jit
+def quarter_mask(q, quarter, n, j: tl.constexpr):
+    """Which lanes q own an element of quarter j: min(Q, n - jQ) of them, possibly none."""
+    return q < tl.minimum(tl.cast(quarter, tl.int64), n - quarter_start(quarter, j)).to(tl.int32)
+
+
+@triton.jit
+def load_float(pointer, q, mask):
+    """Elements at a scalar pointer plus q as float32, 0 where masked."""
+    return tl.load(pointer + q, mask=mask, other=0.0).to(tl.float32)

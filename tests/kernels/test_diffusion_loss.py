@@ -1,0 +1,180 @@
+import pytest
+import torch
+
+from erdfast.kernels import layout
+from erdfast.kernels.diffusion_loss import diffusion_loss, scale_
+from tests.kernels.inputs import DTYPES, GUARD, NORMAL_ERROR, ROUNDING, SHAPES, assert_guard_intact, assert_within, make_inputs
+
+
+def make_pred(shape, dtype, device):
+    rng = torch.Generator().manual_seed(shape[0] + 7 * shape[1])
+    return (3.0 * torch.randn(shape, generator=rng)).to(dtype).to(device)
+
+
+def run(inputs, pred, *, grad_scale=None, sums=True, grad=True):
+    key = (inputs.seed, inputs.stream, inputs.sample_ids)
+    return diffusion_loss(pred, inputs.x0, inputs.noise, *inputs.coef, *key, inputs.moments_scale, grad_scale, sums, grad)
+
+
+def reference(inputs, pred):
+    """(r, sums, magnitude of the summands) in float64."""
+    c_x, c_eps = (c.cpu().double()[:, None] for c in inputs.coef[:2])
+    r = pred.cpu().double() - (c_x * inputs.clean64 + c_eps * inputs.eps64)
+    terms = torch.stack([r * r, r * inputs.clean64, r * inputs.eps64], dim=2)
+    return r, terms.sum(dim=1), terms.abs().sum(dim=1)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every tensor that the launcher allocates is NaN and lies between guard zones, which `check` looks at."""
+    whole = []
+
+    def allocate(shape, dtype, device):
+        numel = torch.Size(shape).numel()
+        whole.append(torch.full((numel + 2 * GUARD,), float("nan"), dtype=dtype, device=device))
+        return whole[-1][GUARD : GUARD + numel].view(shape)
+
+    original = torch.Tensor.new_empty
+
+    def new_empty(tensor, shape, *, dtype=None, device=None):
+        if device is not None:  # the interpreter's own, which becomes a view of a launch's argument
+            return original(tensor, shape, dtype=dtype, device=device)
+        return allocate(shape, dtype, tensor.device)
+
+    monkeypatch.setattr(torch, "empty_like", lambda t: allocate(t.shape, t.dtype, t.device))
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+    def check(count):
+        assert len(whole) == count
+        for tensor in whole:
+            assert_guard_intact(tensor)
+
+    return check
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("moments", [False, True], ids=["plain", "moments"])
+@pytest.mark.parametrize("keyed", [True, False], ids=["key", "noise"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_float64(dtype, keyed, moments, shape, device, poisoned):
+    batch, n = shape
+    inputs = make_inputs(shape, DTYPES[dtype], keyed=keyed, moments=moments, device=device)
+    pred = make_pred(shape, DTYPES[dtype], device)
+    sums, grad = run(inputs, pred)
+    r, sums64, magnitude = reference(inputs, pred)
+    assert sums is not None and sums.shape == (batch, 3) and sums.dtype == torch.float32
+    assert grad is not None and grad.shape == shape and grad.dtype == pred.dtype
+    assert_within(sums, sums64, 1e-6 * magnitude)
+    unit = 2.0 * inputs.coef[2].cpu().double()[:, None] / (batch * n)
+    expected = unit * r
+    smallest = torch.finfo(pred.dtype).smallest_normal * torch.finfo(pred.dtype).eps
+    assert_within(grad, expected, ROUNDING[pred.dtype] * expected.abs() + 4 * NORMAL_ERROR * unit + smallest)
+    poisoned(2 if n <= 4 * layout.MAX_BLOCK else 3)
+
+
+def test_several_steps_and_programs(monkeypatch, device):
+    """Samples beyond 8 million elements, in small: at most two programs, so that each takes two steps."""
+    monkeypatch.setattr(layout, "MAX_CHUNKS", 2)
+    n = 4 * 3000 + 1
+    part = layout.partition(n)
+    assert (part.steps, part.chunks) == (2, 2)
+    inputs = make_inputs((2, n), torch.float32, keyed=True, moments=True, device=device)
+    pred = make_pred((2, n), torch.float32, device)
+    sums, grad = run(inputs, pred)
+    r, sums64, magnitude = reference(inputs, pred)
+    assert sums is not None and grad is not None
+    assert_within(sums, sums64, 1e-6 * magnitude)
+    unit = 2.0 * inputs.coef[2].cpu().double()[:, None] / (2 * n)
+    assert_within(grad, unit * r, 2.0**-22 * (unit * r).abs() + 4 * NORMAL_ERROR * unit)
+
+
+@pytest.mark.parametrize(("pred", "x0"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_mixes_dtypes(pred, x0, device):
+    inputs = make_inputs((3, 257), DTYPES[x0], keyed=True, moments=False, device=device)
+    prediction = make_pred((3, 257), DTYPES[pred], device)
+    sums, grad = run(inputs, prediction)
+    r, sums64, magnitude = reference(inputs, prediction)
+    assert sums is not None and grad is not None and grad.dtype == DTYPES[pred]
+    assert_within(sums, sums64, 1e-6 * magnitude)
+    expected = 2.0 * inputs.coef[2].cpu().double()[:, None] / (3 * 257) * r
+    assert_within(grad, expected, ROUNDING[grad.dtype] * expected.abs() + 1e-8)
+
+
+@pytest.mark.parametrize("n", [257, 4099])
+def test_computes_only_what_is_wanted(n, device):
+    inputs = make_inputs((3, n), torch.float32, keyed=True, moments=False, device=device)
+    pred = make_pred((3, n), torch.float32, device)
+    sums, grad = run(inputs, pred)
+    assert sums is not None and grad is not None
+    only_sums = run(inputs, pred, grad=False)
+    only_grad = run(inputs, pred, sums=False)
+    assert only_sums[1] is None and only_sums[0] is not None and torch.equal(only_sums[0], sums)
+    assert only_grad[0] is None and only_grad[1] is not None and torch.equal(only_grad[1], grad)
+    assert run(inputs, pred, sums=False, grad=False) == (None, None)
+
+
+@pytest.mark.parametrize("n", [257, 4099])
+def test_sums_do_not_depend_on_the_batch(n, device):
+    inputs = make_inputs((5, n), torch.float32, keyed=True, moments=False, device=device)
+    pred = make_pred((5, n), torch.float32, device)
+    sums, _ = run(inputs, pred, grad=False)
+    assert sums is not None and inputs.sample_ids is not None
+    row = slice(3, 4)
+    coef = (inputs.coef[0][row], inputs.coef[1][row], inputs.coef[2][row])
+    one = inputs._replace(x0=inputs.x0[row], coef=coef, sample_ids=inputs.sample_ids[row])
+    alone, _ = run(one, pred[row], grad=False)
+    assert alone is not None and torch.equal(alone, sums[row])
+
+
+def test_loss_scale_acts_before_rounding_to_fp16(device):
+    """Gradients of about 1e-8 are zero in fp16, unless they are scaled in float32 first."""
+    inputs = make_inputs((2, 1030), torch.float16, keyed=True, moments=False, device=device)
+    w = torch.full((2,), 1e-5, device=device)
+    inputs = inputs._replace(coef=(*inputs.coef[:2], w))
+    pred = make_pred((2, 1030), torch.float16, device)
+    _, unscaled = run(inputs, pred, sums=False)
+    _, scaled = run(inputs, pred, sums=False, grad_scale=torch.tensor(65536.0, device=device))
+    r, _, _ = reference(inputs, pred)
+    expected = 65536.0 * 2e-5 / 2060 * r
+    assert unscaled is not None and (unscaled == 0).float().mean() > 0.5
+    assert scaled is not None
+    assert_within(scaled, expected, 2.0**-11 * expected.abs() + 2.0**-24)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("n", [257, 4099])
+def test_not_finite_predictions_show(n, value, device):
+    """In the sums of their sample and in the gradient of their element, and nowhere else."""
+    inputs = make_inputs((3, n), torch.float32, keyed=True, moments=False, device=device)
+    pred = make_pred((3, n), torch.float32, device)
+    pred[1, n - 1] = value
+    sums, grad = run(inputs, pred)
+    assert sums is not None and grad is not None
+    assert torch.isfinite(sums).all(dim=1).tolist() == [True, False, True]
+    assert not torch.isfinite(sums[1, 0])
+    assert (~torch.isfinite(grad)).nonzero().tolist() == [[1, n - 1]]
+
+
+def test_empty_batch_and_empty_samples(device):
+    for shape in ((0, 7), (3, 0)):
+        inputs = make_inputs(shape, torch.float32, keyed=True, moments=False, device=device)
+        sums, grad = run(inputs, make_pred(shape, torch.float32, device))
+        assert sums is not None and torch.equal(sums.cpu(), torch.zeros(shape[0], 3))
+        assert grad is not None and grad.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numel", [1, 2048, 5003])
+def test_scale_in_place(dtype, numel, device):
+    whole = torch.full((numel + 2 * GUARD,), float("nan"), dtype=DTYPES[dtype], device=device)
+    values = whole[GUARD : GUARD + numel]
+    values.copy_(make_pred((1, numel), DTYPES[dtype], device)[0])
+    expected = values.cpu().double() * 0.3
+    assert scale_(values, torch.tensor(1.0, device=device)) is values
+    assert torch.equal(values.cpu(), make_pred((1, numel), DTYPES[dtype], torch.device("cpu"))[0])
+    scale_(values, torch.tensor(0.3, device=device))
+    assert_within(values, expected, ROUNDING[values.dtype] * expected.abs())
+    assert_guard_intact(whole)
+    scale_(values, torch.tensor(float("nan"), device=device))
+    assert values.isnan().all()
+    scale_(values[:0], torch.tensor(2.0, device=device))

@@ -1,0 +1,203 @@
+"""`sample`: the same image whatever the batch, arguments checked, the model restored."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from erdfast.process import Process
+from erdfast.sampling.sample import SAMPLER_KINDS, initial_latents, sample
+from erdfast.sampling.samplers import SAMPLERS
+from tests.sampling.gaussian import GaussianNetwork
+
+SHAPE = (1, 4, 4)
+
+
+class ConvNetwork(nn.Module):
+    """A small network with random weights and dropout."""
+
+    input_shape = SHAPE
+    null_class: int | None
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.label = nn.Embedding(num_classes + 1, 1)
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor, time: Tensor, y: Tensor | None) -> Tensor:
+        self.modes.append(self.drop.training or torch.is_grad_enabled())
+        shift = 0.0 if y is None else self.label(y)[:, :, None, None]
+        return self.drop(torch.tanh(self.conv(x))) + shift + 0.0 * time[:, None, None, None]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_images_do_not_depend_on_the_batch(schedule: str, cfg_scale: float) -> None:
+    model, process = ConvNetwork(), Process(schedule=schedule, target="v")
+    whole = sample(model, process, num=7, steps=6, cfg_scale=cfg_scale, seed=3)
+    assert whole.shape == (7, *SHAPE)
+    assert whole.dtype == torch.float32
+    assert whole.device.type == "cpu"
+    assert not whole.requires_grad
+    assert not whole.is_inference()
+    for batch_size in (1, 3):
+        parts = sample(model, process, num=7, steps=6, cfg_scale=cfg_scale, seed=3, batch_size=batch_size)
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    labels = torch.arange(7) % 3
+    tail = sample(model, process, num=3, steps=6, cfg_scale=cfg_scale, seed=3, first_id=4, labels=labels[4:])
+    torch.testing.assert_close(tail, whole[4:], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(sample(model, process, num=7, steps=6, cfg_scale=cfg_scale, seed=4), whole)
+
+
+def test_latents_are_standard_normal_and_belong_to_the_image() -> None:
+    latents = initial_latents(7, torch.arange(500), (4, 8, 8))
+    assert latents.dtype == torch.float64
+    assert float(latents.mean()) == pytest.approx(0.0, abs=0.01)
+    assert float(latents.var()) == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(initial_latents(7, torch.tensor([123]), (4, 8, 8))[0], latents[123])
+    assert not torch.equal(initial_latents(8, torch.tensor([123]), (4, 8, 8))[0], latents[123])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_float64_state_agrees_with_float32(schedule: str) -> None:
+    process = Process(schedule=schedule)
+    network = GaussianNetwork(process, SHAPE)
+    single, double = (
+        sample(network, process, num=4, steps=30, state_dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(single, double)
+
+
+def test_samples_follow_the_data() -> None:
+    process = Process(schedule="flow", target="u")
+    network = GaussianNetwork(process, SHAPE, std=0.5)
+    images = sample(network, process, num=600, steps=20, classes=[2])
+    torch.testing.assert_close(images.mean(0).double(), network.means[2].detach(), rtol=0.0, atol=0.1)
+    assert float(images.std(0).mean()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_labels_and_classes() -> None:
+    process = Process(schedule="flow", target="u")
+    network = GaussianNetwork(process, SHAPE, std=0.01)
+
+    def nearest(images: Tensor) -> list[int]:
+        return (images[:, None] - network.means).square().sum((2, 3, 4)).argmin(1).tolist()
+
+    draw: dict[str, Any] = {"steps": 3, "batch_size": 4}
+    assert nearest(sample(network, process, num=7, **draw)) == [0, 1, 2, 0, 1, 2, 0]
+    assert nearest(sample(network, process, num=5, classes=[2, 0], **draw)) == [2, 0, 2, 0, 2]
+    assert nearest(sample(network, process, num=3, labels=[1, 3, 0], **draw)) == [1, 3, 0]
+
+
+def test_unconditional_model() -> None:
+    images = sample(ConvNetwork(num_classes=0), Process(schedule="cosine"), num=2, steps=3)
+    assert bool(torch.isfinite(images).all())
+    with pytest.raises(ValueError, match="unconditional"):
+        sample(ConvNetwork(num_classes=0), Process(schedule="cosine"), num=2, labels=[0, 1])
+    with pytest.raises(ValueError, match="needs labels"):
+        sample(ConvNetwork(num_classes=0), Process(schedule="cosine"), num=2, cfg_scale=2.0)
+
+
+def test_model_without_a_null_class() -> None:
+    model = ConvNetwork()
+    model.null_class = None
+    sample(model, Process(schedule="cosine"), num=2, steps=2)
+    with pytest.raises(ValueError, match="null class"):
+        sample(model, Process(schedule="cosine"), num=2, steps=2, cfg_scale=2.0)
+
+
+def test_model_is_in_evaluation_mode_then_as_before() -> None:
+    model, process = ConvNetwork(), Process(schedule="cosine")
+    model.train()
+    model.conv.eval()  # a frozen part stays frozen
+    sample(model, process, num=2, steps=3)
+    assert not any(model.modes)
+    assert model.training
+    assert model.drop.training
+    assert not model.conv.training
+    model.eval()
+    sample(model, process, num=2, steps=3)
+    assert not model.training
+    assert not model.drop.training
+    model.train()
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, process, num=2, steps=3, progress=fail)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_progress() -> None:
+    seen: list[tuple[int, int]] = []
+    sample(
+        ConvNetwork(),
+        Process(schedule="cosine"),
+        num=5,
+        steps=2,
+        batch_size=2,
+        progress=lambda *a: seen.append(a),
+    )
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_autocast() -> None:
+    model, process = ConvNetwork(), Process(schedule="cosine", target="v")
+    exact = sample(model, process, num=4, steps=8)
+    rounded = sample(model, process, num=4, steps=8, autocast_dtype=torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+def test_trained_target_can_be_sampled() -> None:
+    """A learnable target holds parameters that require gradients; sampling needs none."""
+    process = Process(schedule="flow", target="k", weighting="constant")
+    images = sample(ConvNetwork(), process, num=2, steps=3)
+    assert not images.requires_grad
+    assert bool(torch.isfinite(images).all())
+
+
+def test_every_sampler_suits_one_kind() -> None:
+    assert sorted(name for names in SAMPLER_KINDS.values() for name in names) == sorted(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"num": 0}, "at least 1, got 0 and 256"),
+        ({"batch_size": 0}, "at least 1, got 2 and 0"),
+        ({"sampler": "ddim"}, r"'ddim' is not one of \['edm_heun', 'edm_euler'\]"),
+        ({"sampler": "heun"}, "for a discrete process"),
+        ({"level_set": "uniform"}, "'uniform' is not one of"),
+        ({"labels": [0]}, r"shape \(2,\), got \(1,\)"),
+        ({"labels": [0, 4]}, r"labels \[4\] are not within 0..2"),
+        ({"labels": [-1, 1]}, r"labels \[-1\]"),
+        ({"classes": [3]}, r"classes \[3\] are not within 0..2"),
+        ({"classes": []}, "no classes"),
+        ({"labels": [0, 1], "classes": [0]}, "not both"),
+        ({"interval": (0.9, 0.1)}, "interval"),
+        ({"cfg_scale": -1.0}, "cfg_scale"),
+        ({"state_dtype": torch.bfloat16}, "state_dtype"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(ConvNetwork(), Process(schedule="cosine"), **{"num": 2, "steps": 2, **arguments})
+
+
+def test_discrete_samplers_are_refused_for_continuous_processes() -> None:
+    with pytest.raises(
+        ValueError, match=r"'edm_heun' is not one of \['heun', 'euler'\] for a continuous process"
+    ):
+        sample(ConvNetwork(), Process(schedule="flow"), num=1, sampler="edm_heun")

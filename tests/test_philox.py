@@ -1,0 +1,77 @@
+"""The counter-based generator: known answers, distribution, independence of how a batch is split."""
+
+import pytest
+import torch
+
+from erdfast import philox
+
+# Known answers of Philox4x32-10 published with Random123.
+KNOWN_ANSWERS = [
+    (0, (0, 0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (-1, (2**32 - 1, -1, 2**32 - 1), "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        philox.signed64(0x299F31D0A4093822),
+        (0x243F6A88, philox.signed64(0x13198A2E85A308D3), 0x03707344),
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("seed", "counter", "expected"), KNOWN_ANSWERS)
+def test_known_answers(seed: int, counter: tuple[int, int, int], expected: str) -> None:
+    q, sample_id, stream = (torch.tensor([value]) for value in counter)
+    words = philox.philox_words(seed, (q, sample_id, stream))
+    assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+def test_tensors_and_integers_give_the_same_words() -> None:
+    q = torch.arange(5)
+    from_ints = philox.philox_words(77, (q, 2**40, 9))
+    from_tensors = philox.philox_words(torch.tensor(77), (q, torch.tensor(2**40), torch.tensor(9)))
+    assert all(torch.equal(a, b) for a, b in zip(from_ints, from_tensors, strict=True))
+
+
+def test_normals_have_the_moments_of_a_standard_normal() -> None:
+    draws = philox.normal(3, 4, torch.arange(100), 10_007)
+    n = draws.numel()
+    assert abs(draws.mean()) < 4 / n**0.5
+    assert abs(draws.square().mean() - 1) < 4 * (2 / n) ** 0.5
+    assert abs(draws.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
+    neighbours = (draws[:, 1:] * draws[:, :-1]).mean()
+    assert abs(neighbours) < 4 / n**0.5
+
+
+def test_unit_interval_is_exact_in_float32_and_never_zero() -> None:
+    words = torch.tensor([0, 1, 2, 2**31, 2**32 - 1])
+    u = philox.unit_interval(words)
+    assert torch.equal(u.float().double(), u)
+    assert float(u.min()) == 2.0**-32
+    assert float(u.max()) <= 1.0
+
+
+def test_a_sample_depends_on_its_id_alone() -> None:
+    together = philox.normal(1, 2, torch.tensor([5, 6, 7]), 37)
+    alone = philox.normal(1, 2, torch.tensor([6]), 37)
+    assert torch.equal(together[1:2], alone)
+
+
+def test_domains_seeds_streams_and_ids_differ() -> None:
+    ids = torch.tensor([3])
+    draws = [philox.normal(1, 2, ids, 8, domain) for domain in philox.DOMAINS]
+    draws += [philox.normal(2, 2, ids, 8), philox.normal(1, 3, ids, 8), philox.normal(1, 2, ids + 2**32, 8)]
+    stacked = torch.cat(draws)
+    assert len(torch.unique(stacked)) == stacked.numel()
+
+
+def test_uniform_lies_strictly_inside_and_is_uniform() -> None:
+    u = philox.uniform(9, 1, torch.arange(100_000), "time")
+    assert 0 < float(u.min()) < 1e-3
+    assert 1 - 1e-3 < float(u.max()) < 1
+    counts = torch.histc(u, bins=20, min=0, max=1)
+    chi_square = ((counts - 5000) ** 2 / 5000).sum()
+    assert chi_square < 50  # 19 degrees of freedom: p = 1e-4 at 52
+
+
+def test_domain_seed_of_a_tensor_equals_that_of_an_int() -> None:
+    assert int(philox.domain_seed(torch.tensor(-5), "time")) == philox.domain_seed(-5, "time")
+    assert philox.domain_seed(2**64 - 5, "time") == philox.domain_seed(-5, "time")

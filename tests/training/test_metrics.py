@@ -1,0 +1,178 @@
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from erdfast.training.metrics import LOGSNR_EDGES, LossByLogsnr, MetricsWriter, read_metrics
+
+
+def test_every_record_is_on_disk_at_once(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write(
+        {"step": 1, "loss": torch.tensor(0.5), "bins": np.array([1, 2]), "name": "a", "none": [None, 1.5]}
+    )
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5, "bins": [1, 2], "name": "a", "none": [None, 1.5]}]
+    writer.write({"step": 2})
+    assert len(path.read_text().splitlines()) == 2
+    writer.close()
+    writer.close()
+
+
+def test_what_is_not_finite_stays_valid_json(tmp_path):
+    with MetricsWriter(tmp_path / "m.jsonl") as writer:
+        writer.write(
+            {"step": 1, "loss": math.nan, "bins": torch.tensor([1.0, math.inf]), "more": {"x": -math.inf}}
+        )
+    text = (tmp_path / "m.jsonl").read_text()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert json.loads(text, parse_constant=refuse) == {
+        "step": 1,
+        "loss": None,
+        "bins": [1.0, None],
+        "more": {"x": None},
+    }
+
+
+def test_a_torn_line_is_dropped_and_overwritten(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 3})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    path.write_text('{"st')  # nothing but a torn line
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1})
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_damage_in_the_middle_is_reported(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2"):
+        read_metrics(path)
+    path.write_text("3\n")
+    with pytest.raises(ValueError, match="line 1: expected a JSON object"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "missing.jsonl") == []
+
+
+def test_resuming_forgets_later_steps(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write({"note": "start"})
+        for step in range(1, 6):
+            writer.write({"step": step})
+        assert writer.truncate_after(9) == 0
+        assert writer.truncate_after(3) == 2
+        writer.write({"step": 4, "again": True})
+    assert read_metrics(path) == [
+        {"note": "start"},
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+        {"step": 4, "again": True},
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.jsonl"]  # no temporary file is left
+
+
+def test_a_failed_rewrite_keeps_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in range(4):
+            writer.write({"step": step})
+
+        def fail(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            writer.truncate_after(1)
+    assert len(read_metrics(path)) == 4
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_tensorboard_receives_the_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path / "m.jsonl", tensorboard=tmp_path / "board") as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "loss": 1.0 / step, "note": "text", "list": [1], "flag": True})
+        writer.truncate_after(1)
+        writer.write({"step": 2, "loss": 7.0})
+    board = accumulator.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
+
+
+def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install erdfast\[logging\]"):
+        MetricsWriter(tmp_path / "m.jsonl", tensorboard=tmp_path)
+
+
+def test_loss_by_logsnr_against_numpy():
+    generator = torch.Generator().manual_seed(0)
+    losses = LossByLogsnr()
+    logsnr, mse = torch.randn(3, 50, generator=generator) * 8, torch.rand(3, 50, generator=generator)
+    for step in range(3):
+        losses.update(logsnr[step], mse[step])
+    means, counts = losses.read_and_reset()
+    which = np.clip(np.floor(logsnr.double().numpy().ravel()) + 10, 0, 19)  # open ends
+    for number in range(20):
+        chosen = mse.double().numpy().ravel()[which == number]
+        assert counts[number] == len(chosen)
+        if len(chosen):
+            assert means[number] == pytest.approx(chosen.mean(), rel=1e-12)
+        else:
+            assert means[number] is None
+    assert losses.read_and_reset() == ([None] * 20, [0] * 20)
+
+
+def test_ends_are_open_and_nan_stays_in_its_bin():
+    losses = LossByLogsnr((-1.0, 0.0, 1.0))
+    logsnr = torch.tensor([-math.inf, -0.5, 0.5, 30.0, math.inf])
+    losses.update(logsnr, torch.tensor([1.0, 3.0, math.nan, 1.0, 1.0]))
+    means, counts = losses.read_and_reset()
+    assert (means[0], counts) == (2.0, [2, 3])
+    assert means[1] is not None
+    assert math.isnan(means[1])
+    assert len(LOGSNR_EDGES) == 21
+
+
+def test_many_small_losses_are_summed_without_loss():
+    losses = LossByLogsnr((-1.0, 1.0))
+    for _ in range(1000):
+        losses.update(torch.zeros(256), torch.full((256,), 0.1))
+    means, counts = losses.read_and_reset()
+    assert counts == [256_000]
+    assert means[0] == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+
+
+def test_processes_add_their_totals():
+    parts = [LossByLogsnr((-1.0, 0.0, 1.0)) for _ in range(2)]
+    parts[0].update(torch.tensor([-0.5]), torch.tensor([1.0]))
+    parts[1].update(torch.tensor([-0.5, 0.5]), torch.tensor([3.0, 5.0]))
+    other = parts[1].totals.clone()
+    assert parts[0].read_and_reset(lambda totals: totals.add_(other)) == ([2.0, 5.0], [2, 1])
+
+
+def test_update_needs_no_value_on_the_host():
+    # On the meta device there are no values: any read of one raises, as a synchronisation would.
+    losses = LossByLogsnr(device="meta")
+    losses.update(torch.zeros(8, device="meta"), torch.zeros(8, device="meta", requires_grad=True))
+    assert not losses.totals.requires_grad
+
+
+def test_bad_edges():
+    with pytest.raises(ValueError, match=r"increasing numbers, got \[1.0, 0.0\]"):
+        LossByLogsnr((1.0, 0.0))
+    with pytest.raises(ValueError, match="two or more"):
+        LossByLogsnr((1.0,))
