@@ -1,8 +1,9 @@
-"""Compiles every Triton kernel for sm_80 (A100) and sm_90 (H100, H200) without a GPU or driver: `python -m bench.aot`.
+"""Compiles every Triton kernel for sm_80 (A100) and sm_90 (H100, H200) without a GPU or driver: `python -m
+bench.aot`.
 
-Prints registers, spills, shared memory and cubin size of each variant and exits with 1 if one spills or takes more shared
-memory than the architecture has. Must run in a process of its own without TRITON_INTERPRET: `triton.jit` decides once, when
-a kernel is defined, whether it will be interpreted.
+Prints registers, spills, shared memory and cubin size of each variant and exits with 1 if one spills or takes
+more shared memory than the architecture has. Must run in a process of its own without TRITON_INTERPRET:
+`triton.jit` decides once, when a kernel is defined, whether it will be interpreted.
 
 A new kernel adds a function that yields its variants to `KERNELS`.
 """
@@ -35,7 +36,8 @@ class Variant(NamedTuple):
     fn: Any
     """The `triton.jit` function."""
     signature: dict[str, str]
-    """Type of each run-time argument: "*bf16", "i32", "fp32" ...; all other arguments are compile-time constants."""
+    """Type of each run-time argument: "*bf16", "i32", "fp32" ...; all other arguments are compile-time
+    constants."""
     constants: dict[str, Any]
     """Value of each constant; those not named are None, as a launcher passes for an absent tensor."""
     aligned: tuple[str, ...]
@@ -66,12 +68,19 @@ class Report:
 
 
 def compile_kernel(
-    fn: Any, signature: dict[str, str], constants: dict[str, Any], cc: int, *, aligned: tuple[str, ...] = (), **options: Any
+    fn: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    cc: int,
+    *,
+    aligned: tuple[str, ...] = (),
+    **options: Any,
 ) -> dict[str, int]:
     """Compiles a `triton.jit` function for compute capability `cc` (80 or 90) and reads what ptxas reports.
 
     Args:
-        signature, constants, aligned: see `Variant`; an argument in neither of the first two is the constant None.
+        signature, constants, aligned: see `Variant`; an argument in neither of the first two is the constant
+            None.
         options: num_warps, num_stages ...
 
     Returns:
@@ -127,31 +136,52 @@ def _pointers(**types: str | None) -> dict[str, str]:
     return {f"{name}_ptr": f"*{kind}" for name, kind in types.items() if kind is not None}
 
 
-def _noise_inputs(x0: str, keyed: bool, moments: bool) -> dict[str, str]:
-    key = "i64" if keyed or moments else None
-    return _pointers(x0=x0, noise=None if keyed else "fp32", seed=key, stream=key, ids=key)
-
-
 _INTEGERS = {"n": "i32", "quarter": "i32", "chunks": "i32"}
 _SINGLE = {"n": 1, "quarter": 1, "chunks": 1}
 """Samples of one element: Triton turns arguments that equal 1 into constants."""
-_SCALARS = ("alpha_ptr", "sigma_ptr", "c_x_ptr", "c_eps_ptr", "w_ptr", "seed_ptr", "stream_ptr", "ids_ptr", "grad_scale_ptr")
+_SCALARS = (
+    "alpha_ptr",
+    "sigma_ptr",
+    "c_x_ptr",
+    "c_eps_ptr",
+    "w_ptr",
+    "seed_ptr",
+    "stream_ptr",
+    "ids_ptr",
+    "grad_scale_ptr",
+)
 
 
 def _aligned(signature: dict[str, str], sizes: bool) -> tuple[str, ...]:
-    """As a launch finds it: tensors aligned, the pointers to scalars not looked at, sizes if they are multiples of 16."""
+    """As a launch finds it: tensors aligned, the pointers to scalars not looked at, sizes if they are
+    multiples of 16."""
     tensors = [name for name, kind in signature.items() if kind.startswith("*") and name not in _SCALARS]
     return (*tensors, *(("n", "quarter") if sizes else ()))
 
 
-def _cases() -> Iterator[tuple[str, str, str, bool, bool, bool]]:
-    """(label, dtype of the output or pred, dtype of x0, keyed, moments, sizes aligned)."""
+class Case(NamedTuple):
+    label: str
+    dtype: str
+    """Of the output, or of pred and the gradient."""
+    x0: str
+    keyed: bool
+    moments: bool
+    sizes_aligned: bool
+
+
+def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for keyed in (True, False):
             for moments in (False, True):
-                yield f"{dtype} {'key' if keyed else 'noise'}{' moments' * moments}", dtype, dtype, keyed, moments, True
-    yield "bf16/fp32 key", "bf16", "fp32", True, False, True
-    yield "fp32 key odd n", "fp32", "fp32", True, False, False
+                label = f"{dtype} {'key' if keyed else 'noise'}{' moments' * moments}"
+                yield Case(label, dtype, dtype, keyed, moments, True)
+    yield Case("bf16/fp32 key", "bf16", "fp32", True, False, True)
+    yield Case("fp32 key odd n", "fp32", "fp32", True, False, False)
+
+
+def _noise_inputs(case: Case) -> dict[str, str]:
+    key = "i64" if case.keyed or case.moments else None
+    return _pointers(x0=case.x0, noise=None if case.keyed else "fp32", seed=key, stream=key, ids=key)
 
 
 def add_noise_variants() -> Iterator[Variant]:
@@ -159,48 +189,55 @@ def add_noise_variants() -> Iterator[Variant]:
     from erdfast.kernels.layout import MAX_BLOCK, partition
 
     warps = partition(4 * MAX_BLOCK).num_warps
-    for label, dtype, x0, keyed, moments, aligned in _cases():
-        signature = _pointers(out=dtype, alpha="fp32", sigma="fp32") | _noise_inputs(x0, keyed, moments)
+    for case in _cases():
+        signature = _pointers(out=case.dtype, alpha="fp32", sigma="fp32") | _noise_inputs(case)
         signature |= {"moments_scale": "fp32"} | _INTEGERS
-        constants = {"KEYED": keyed, "MOMENTS": moments, "BLOCK": MAX_BLOCK}
-        yield Variant("add_noise", label, add_noise_kernel, signature, constants, _aligned(signature, aligned), warps)
-    signature = {k: v for k, v in signature.items() if k not in _INTEGERS}
-    yield Variant("add_noise", "fp32 key n = 1", add_noise_kernel, signature, constants | _SINGLE, _aligned(signature, False), warps)
+        constants = {"KEYED": case.keyed, "MOMENTS": case.moments, "BLOCK": MAX_BLOCK}
+        names = _aligned(signature, case.sizes_aligned)
+        yield Variant("add_noise", case.label, add_noise_kernel, signature, constants, names, warps)
+    case = Case("fp32 key n = 1", "fp32", "fp32", True, False, False)
+    signature = _pointers(out="fp32", alpha="fp32", sigma="fp32") | _noise_inputs(case) | {"moments_scale": "fp32"}
+    constants = {"KEYED": True, "MOMENTS": False, "BLOCK": MAX_BLOCK} | _SINGLE
+    names = _aligned(signature, case.sizes_aligned)
+    yield Variant("add_noise", case.label, add_noise_kernel, signature, constants, names, warps)
 
 
 def diffusion_loss_variants() -> Iterator[Variant]:
+    for case in _cases():
+        yield _diffusion_loss_variant(case)
+    for moments in (False, True):
+        case = Case(f"bf16 key{' moments' * moments}", "bf16", "bf16", True, moments, True)
+        yield _diffusion_loss_variant(case, " sums only", grad=False)
+        yield _diffusion_loss_variant(case, " grad only", sums=False)
+        yield _diffusion_loss_variant(case, " 8 steps", steps=8)
+
+
+def _diffusion_loss_variant(case: Case, label: str = "", *, sums=True, grad=True, steps=1) -> Variant:
     from erdfast.kernels.diffusion_loss import diffusion_loss_kernel
     from erdfast.kernels.layout import MAX_BLOCK, partition
 
+    signature = _pointers(pred=case.dtype, c_x="fp32", c_eps="fp32", w="fp32") | _noise_inputs(case)
+    signature |= _pointers(sums="fp32" if sums else None)
+    signature |= _pointers(grad=case.dtype, grad_scale="fp32") if grad else {}
+    signature |= {"moments_scale": "fp32", "grad_unit": "fp32"} | _INTEGERS
+    constants = {"KEYED": case.keyed, "MOMENTS": case.moments, "STEPS": steps, "BLOCK": MAX_BLOCK}
+    names = _aligned(signature, case.sizes_aligned)
     warps = partition(4 * MAX_BLOCK).num_warps
-
-    def variant(label: str, case: tuple[str, str, str, bool, bool, bool], sums: bool, grad: bool, steps: int) -> Variant:
-        _, dtype, x0, keyed, moments, aligned = case
-        signature = _pointers(pred=dtype, c_x="fp32", c_eps="fp32", w="fp32") | _noise_inputs(x0, keyed, moments)
-        signature |= _pointers(sums="fp32" if sums else None, grad=dtype if grad else None)
-        signature |= _pointers(grad_scale="fp32" if grad else None)
-        signature |= {"moments_scale": "fp32", "grad_unit": "fp32"} | _INTEGERS
-        constants = {"KEYED": keyed, "MOMENTS": moments, "STEPS": steps, "BLOCK": MAX_BLOCK}
-        aligned_names = _aligned(signature, aligned)
-        return Variant("diffusion_loss", label, diffusion_loss_kernel, signature, constants, aligned_names, warps)
-
-    for case in _cases():
-        yield variant(case[0], case, True, True, 1)
-    for label, sums, grad, steps in (("sums only", True, False, 1), ("grad only", False, True, 1), ("8 steps", True, True, 8)):
-        for moments in (False, True):
-            case = ("", "bf16", "bf16", True, moments, True)
-            yield variant(f"bf16 key{' moments' * moments} {label}", case, sums, grad, steps)
+    name = case.label + label
+    return Variant("diffusion_loss", name, diffusion_loss_kernel, signature, constants, names, warps)
 
 
 def reduction_variants() -> Iterator[Variant]:
     from erdfast.kernels.diffusion_loss import SCALE_BLOCK, add_partials_kernel, scale_kernel
     from erdfast.kernels.layout import MAX_CHUNKS
 
-    partials = _pointers(sums="fp32", partials="fp32") | {"chunks": "i32"}
-    yield Variant("add_partials", "", add_partials_kernel, partials, {"BLOCK": MAX_CHUNKS}, ("sums_ptr", "partials_ptr"), 4)
+    signature = _pointers(sums="fp32", partials="fp32") | {"chunks": "i32"}
+    names = ("sums_ptr", "partials_ptr")
+    yield Variant("add_partials", "", add_partials_kernel, signature, {"BLOCK": MAX_CHUNKS}, names, 4)
     for dtype in DTYPES:
         signature = _pointers(values=dtype, scale="fp32") | {"numel": "i32"}
-        yield Variant("scale", dtype, scale_kernel, signature, {"BLOCK": SCALE_BLOCK}, ("values_ptr", "numel"), 8)
+        names = ("values_ptr", "numel")
+        yield Variant("scale", dtype, scale_kernel, signature, {"BLOCK": SCALE_BLOCK}, names, 8)
 
 
 KERNELS: dict[str, Callable[[], Iterator[Variant]]] = {
@@ -224,21 +261,25 @@ def compile_variants(kernels: list[str], ccs: list[int]) -> Iterator[Report]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU and fail on register spills.")
+    parser = argparse.ArgumentParser(
+        description="Compile the Triton kernels without a GPU and fail on register spills."
+    )
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=f"of {', '.join(KERNELS)}")
     parser.add_argument("--cc", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     args = parser.parse_args()
     fits = True
     if not args.json:
-        print(f"{'kernel':15} {'variant':28} {'sm':>3} {'regs':>5} {'spill':>6} {'stack':>6} {'shared':>7} {'cubin':>7} {'load':>5}")
+        columns = f"{'regs':>5} {'spill':>6} {'stack':>6} {'shared':>7} {'cubin':>7} {'load':>5}"
+        print(f"{'kernel':15} {'variant':28} {'sm':>3} {columns}")
     for r in compile_variants(args.kernel, args.cc):
         fits &= r.fits
         if args.json:
             print(json.dumps(asdict(r)), flush=True)
             continue
-        sizes = f"{r.registers:5} {r.spill_bytes:6} {r.stack_bytes:6} {r.shared_bytes:7} {r.cubin_bytes:7} {r.widest_load_bytes:5}"
-        print(f"{r.kernel:15} {r.name:28} {r.cc:3} {sizes}", flush=True)
+        local = f"{r.registers:5} {r.spill_bytes:6} {r.stack_bytes:6}"
+        sizes = f"{r.shared_bytes:7} {r.cubin_bytes:7} {r.widest_load_bytes:5}"
+        print(f"{r.kernel:15} {r.name:28} {r.cc:3} {local} {sizes}", flush=True)
     return 0 if fits else 1
 
 

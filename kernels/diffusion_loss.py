@@ -1,20 +1,22 @@
-"""Per-sample sums of the weighted squared error and its gradient, in one pass over memory.
+"""Per-sample sums of the squared error and its gradient, in one pass over memory (ERD, sec. 3.4).
 
-    r = pred - (c_x * x0 + c_eps * eps)                                (design: "The two ops at the centre"; ERD, sec. 3.4)
-    sums_b = (sum_i r^2, sum_i r*x0, sum_i r*eps)                      loss = mean_b[ w_b * sums_b0 / n ]
+    r = pred - (c_x * x0 + c_eps * eps)
+    sums_b = (sum_i r^2, sum_i r*x0, sum_i r*eps)        loss = mean_b[ w_b * sums_b0 / n ]
     d loss / d pred = 2 w_b / (B n) * r
 
-The three sums also give the gradients for w, c_x and c_eps (learnable targets): d loss/d w_b = sums_b0 / (B n), d loss/d c_x =
--2 w_b / (B n) * sums_b1, d loss/d c_eps = -2 w_b / (B n) * sums_b2. Noise and posterior draws as in add_noise.py, regenerated.
+The sums also give the gradients of learnable targets: sums_b0 / (B n) for w_b, -2 w_b / (B n) * sums_b1 for
+c_x and -2 w_b / (B n) * sums_b2 for c_eps. Noise and posterior draws are those of add_noise.py, computed again.
 
 Per element, s_p and s_x being the bytes of one number of pred and of x0:
 
     read      s_p + s_x  (s_p + 2 s_x with moments)   + that of the noise, if given
     written   s_p        (nothing without the gradient), and 12 bytes for each program's sums
-    flops     11         (14 with moments)            + 15 float and 15 integer operations for each normal drawn
+    flops     11         (14 with moments)            + 15 float and 20 integer operations per normal
 
-The partition of a sample depends on its size alone and partial sums are added in a fixed order (blocks as trees, programs in a
-second stage where a sample needs several), so that results do not depend on the batch size and repeat bit for bit.
+The partition of a sample depends on its size alone and partial sums are added in a fixed order (blocks as
+trees, programs in a second stage where a sample needs several): results repeat bit for bit and do not depend
+on the batch size. (Tensors that start at no multiple of 16 bytes, which only views do, are compiled for apart
+and may differ in the last bit.)
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def diffusion_loss_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: STEPS blocks of lanes of one sample. Pointers are None for what a variant neither needs nor makes."""
+    """One program: STEPS blocks of lanes of one sample. Pointers that a variant does not use are None."""
     pid = tl.program_id(0)
     b = (pid // chunks).to(tl.int64)
     first = (pid % chunks) * (BLOCK * STEPS)
@@ -105,7 +107,7 @@ def diffusion_loss_kernel(
 
 @triton.jit
 def add_partials_kernel(sums_ptr, partials_ptr, chunks, BLOCK: tl.constexpr):
-    """Second stage: (B, chunks, 3) -> (B, 3), one program and one tree per sample. 12 bytes read per chunk."""
+    """Second stage: (B, chunks, 3) -> (B, 3), one program and one tree per sample; 12 bytes read per chunk."""
     b = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK)
     for k in tl.static_range(3):
@@ -119,7 +121,7 @@ SCALE_BLOCK = 2048
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def scale_kernel(values_ptr, scale_ptr, numel, BLOCK: tl.constexpr):
-    """values *= scale in float32, rounded once; 2 s bytes and 1 flop per element, 4 bytes per program if scale is 1."""
+    """values *= scale in float32, rounded once: 1 flop per element, each read and written once unless scale is 1."""
     scale = tl.load(scale_ptr)
     if scale != 1.0:
         start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -144,17 +146,22 @@ def diffusion_loss(
     want_sums: bool,
     want_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(sums, grad) of the loss; None for what is not wanted. All tensors contiguous, on one device; the caller has checked them.
+    """(sums, grad) of the loss; None for what is not wanted.
+
+    All tensors are contiguous and on one device; the caller has checked them.
 
     Args:
         pred: (B, n), float32, bfloat16 or float16. NaN and infinities in it show in the sums.
-        x0: (B, n), or (B, 2n) with `moments_scale`: n means, then n standard deviations. Any of the three dtypes.
+        x0: (B, n), or (B, 2n) with `moments_scale`: n means, then n standard deviations. Any of the three
+            dtypes.
         noise: (B, n) of any of the three dtypes, or None to draw it from the key.
         c_x, c_eps, w: (B,) float32.
-        seed, stream: 0-d int64, read on the device; may be None if nothing is drawn. Of `stream` the low 32 bits count.
+        seed, stream: 0-d int64, read on the device; may be None if nothing is drawn. Of `stream` the low 32
+            bits count.
         sample_ids: (B,) int64; may be None if nothing is drawn.
         moments_scale: None if x0 is data, else the factor of the posterior sample.
-        grad_scale: 0-d float32 that multiplies the gradient before it is rounded (the loss scale of fp16), or None for 1.
+        grad_scale: 0-d float32 that multiplies the gradient before it is rounded (the loss scale of fp16), or
+            None for 1.
         want_sums, want_grad: what to compute.
 
     Returns:
@@ -203,9 +210,11 @@ def diffusion_loss(
 
 
 def scale_(values: Tensor, scale: Tensor) -> Tensor:
-    """Multiplies a contiguous fp32, bf16 or fp16 tensor in place by a 0-d float32 on its device; a scale of 1 writes nothing.
+    """Multiplies a contiguous fp32, bf16 or fp16 tensor in place by a 0-d float32 on its device; a scale of 1
+    writes nothing.
 
-    The backward of the fused loss: the scale is read on the device, so that nothing waits for it. Returns `values`.
+    The backward of the fused loss: the scale is read on the device, so that nothing waits for it. Returns
+    `values`.
     """
     if values.numel() == 0:
         return values

@@ -1,10 +1,13 @@
-"""How the elements of a sample are divided among programs and lanes, shared by the kernels of add_noise and diffusion_loss.
+"""How the elements of a sample are divided among programs and lanes: shared by add_noise and diffusion_loss.
 
-Lane q of a sample of n elements owns elements q, q+Q, q+2Q and q+3Q, Q = ceil(n/4): the sample is four quarters, in each of
-which neighbouring lanes touch neighbouring elements, so that every quarter is read and written in 16-byte pieces (8-byte ones
-of bf16 and fp16) whenever Q is a multiple of 16, that is for n a multiple of 64. Normals reach the threads that own their
-elements through 4 KiB of shared memory: computing them there at once, four calls of normal4 interleaved, saves 3% of the
-instructions for such n and costs 14% for all others. One program works on `block` lanes of one sample at a time. Programs lie on grid axis 0 alone (its limit is 2^31-1, that of the others 65,535).
+Lane q of a sample of n elements owns elements q, q+Q, q+2Q and q+3Q, Q = ceil(n/4): the sample is four quarters,
+in each of which neighbouring lanes touch neighbouring elements: every quarter is read and written in 16-byte
+pieces (8-byte ones of bf16 and fp16) whenever Q is a multiple of 16, that is for n a multiple of 64.
+Normals then reach the threads that own their elements through 4 KiB of shared memory: to compute them there at
+once, as four interleaved calls of normal4, saves 3% of the instructions for such n and costs 14% for all others.
+
+One program works on `block` lanes of one sample at a time. Programs lie on grid axis 0 alone: its limit is
+2^31-1, that of the other axes 65,535.
 """
 
 from __future__ import annotations
@@ -21,17 +24,18 @@ MIN_BLOCK = 128
 """One warp. Fewer lanes would save nothing, more variants would only be compiled."""
 
 LANES_PER_THREAD = 4
-"""16 bytes of float32, and four independent chains of Philox to hide the latency of its multiplications. Registers with 2, 4
-and 8 lanes to a thread, the worse of sm_80 and sm_90, nowhere a spill (`python -m bench.aot` prints those of 4):
+"""16 bytes of float32, and four independent chains of Philox to hide the latency of its multiplications.
+Registers with 2, 4 and 8 lanes to a thread, the worse of sm_80 and sm_90, nowhere a spill (`python -m
+bench.aot` prints those of 4):
 
     add_noise       fp32 key  32,  54,  63     bf16 key with moments  53, 64, 128
     diffusion_loss  fp32 key  40,  74, 116     bf16 key with moments  63, 88, 167
 
-With 4, an SM holds at least 2 programs of 256 threads and as a rule 3 to 5; only reductions in several steps (samples of more
-than 8 million elements) take more, up to 176."""
+With 4, an SM holds at least 2 programs of 256 threads and as a rule 3 to 5; only reductions in several steps
+(samples of more than 8 million elements) take more, up to 176."""
 
 MAX_CHUNKS = 2048
-"""Programs per sample at most, so that their partial sums fit one block of the second stage of the reduction."""
+"""Programs per sample at most: their partial sums are one block of the reduction's second stage."""
 
 
 class Partition(NamedTuple):

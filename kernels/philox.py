@@ -1,12 +1,14 @@
-"""Philox4x32-10 and standard normals on the device: the same words as erdfast/philox.py, normals within 1e-6 of its float64.
+"""Philox4x32-10 and standard normals on the device: the words of erdfast/philox.py, normals within 1e-6 of its.
 
-Each function works on a block of lanes. A lane is one counter (q, sample id low, sample id high, stream) under the 64-bit
-seed as key (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and yields four normals by two Box-Muller
-pairs. Logarithm, sine and cosine are polynomials fitted for this file (minimax in the error of the normal): libdevice's
-cos and sin take a slow path that makes cubins of 68-245 KB with a stack, and lose accuracy in the argument 2*pi*u, whereas
-here the phase stays a 32-bit integer until it has been reduced to an eighth of a turn.
+Each function works on a block of lanes. A lane is one counter (q, sample id low, sample id high, stream)
+under the 64-bit seed as key (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and yields
+four normals by two Box-Muller pairs. Logarithm, sine and cosine are polynomials fitted for this file (minimax
+in the error of the normal): libdevice's cos and sin take a slow path that makes cubins of 68-245 KB with a
+stack, and lose accuracy in the argument 2*pi*u, whereas here the phase stays a 32-bit integer until it has
+been reduced to an eighth of a turn.
 
-Cost per lane, that is per 4 normals: 20 wide multiplications of Philox, about 40 integer and 60 float operations.
+Cost per lane, that is per 4 normals, as compiled for sm_90: 19 wide multiplications and 60 other integer
+operations, 60 float operations (2 of them square roots).
 """
 
 import triton
@@ -24,8 +26,8 @@ def philox_words(seed, q, sample_id, stream):
         seed, sample_id, stream: int64 scalars; of `stream` the low 32 bits count.
         q: (BLOCK,) int32, not negative.
 
-    The seed and all of the counter but q are scalars of the program, and so is what the first rounds make of them alone.
-    A product is one 64-bit multiplication (IMAD.WIDE) rather than a high and a low half.
+    The seed and all of the counter but q are scalars of the program, and so is what the first rounds make of
+    them alone. A product is one 64-bit multiplication (IMAD.WIDE) rather than a high and a low half.
     """
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -48,15 +50,15 @@ def philox_words(seed, q, sample_id, stream):
 
 @triton.jit
 def unit_interval(word):
-    """A uint32 word as float32 in (0, 1]: fl32(word >> 1) * 2^-31 + 2^-32, the number whose logarithm all back ends take."""
+    """A uint32 word as float32 in (0, 1]: fl32(word >> 1) * 2^-31 + 2^-32, as in all back ends."""
     return (word >> 1).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
 
 
 @triton.jit
 def minus_two_log(u):
-    """-2 ln u for float32 u in [2^-32, 1], relative error 3e-8 of the polynomial and rounding, also next to u = 1.
+    """-2 ln u for float32 u in [2^-32, 1], relative error 3e-8 of the polynomial and rounding, near 1 too.
 
-    u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): 0x3F3504F3 is sqrt(1/2) in float32, so that the exponent changes there.
+    u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): 0x3F3504F3 is sqrt(1/2), where the exponent changes.
     """
     shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = shifted >> 23
@@ -76,7 +78,8 @@ def minus_two_log(u):
 def cos_sin_turn(word):
     """(cos, sin) of 2*pi*word/2^32 in float32, absolute error below 1e-7.
 
-    The quadrant is taken from the top bits after a shift by an eighth of a turn; what remains lies in [-1/2, 1/2) quadrants.
+    The quadrant is taken from the top bits after a shift by an eighth of a turn; what remains lies in
+    [-1/2, 1/2) quadrants.
     """
     turned = tl.add(word, 0x20000000, sanitize_overflow=False)
     x = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 9.313225746154785e-10
@@ -107,7 +110,10 @@ def box_muller(radius_word, phase_word):
 
 @triton.jit
 def normal4(seed, q, sample_id, stream):
-    """The normals of elements q, q+Q, q+2Q and q+3Q of a sample: four (BLOCK,) float32. Arguments as for `philox_words`."""
+    """The normals of elements q, q+Q, q+2Q and q+3Q of a sample: four (BLOCK,) float32.
+
+    Arguments as for `philox_words`.
+    """
     w0, w1, w2, w3 = philox_words(seed, q, sample_id, stream)
     e0, e1 = box_muller(w0, w1)
     e2, e3 = box_muller(w2, w3)

@@ -28,9 +28,7 @@ _CHOICES = (
 )
 
 
-def open_dataset(
-    spec: str, *, shape: Shape | None = None, num_classes: int | None = None, seed: int = 0
-) -> Dataset:
+def open_dataset(spec: str, *, shape: Shape | None = None, num_classes: int | None = None, seed: int = 0) -> Dataset:
     """The data set that a short text names.
 
     Args:
@@ -59,9 +57,7 @@ def open_dataset(
 
 def _digits(shape: Shape | None, num_classes: int | None) -> Dataset:
     if shape is not None and tuple(shape) != Digits.shape:
-        raise ValueError(
-            f"data 'digits' are {format_shape(Digits.shape)}, but {format_shape(shape)} is wanted"
-        )
+        raise ValueError(f"data 'digits' are {format_shape(Digits.shape)}, but {format_shape(shape)} is wanted")
     if num_classes not in (None, Digits.num_classes):
         raise ValueError(f"data 'digits' have {Digits.num_classes} classes, but {num_classes} are wanted")
     return Digits()

@@ -24,8 +24,7 @@ class Digits(Dataset):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ImportError(
-                "the embedded digits come with scikit-learn: run `pip install scikit-learn`, "
-                "or choose other data"
+                "the embedded digits come with scikit-learn: run `pip install scikit-learn`, or choose other data"
             ) from error
         pixels, labels = load_digits(return_X_y=True)
         values = np.asarray(pixels, dtype=np.float32).reshape(-1, 1, 8, 8) / 8.0 - 1.0

@@ -143,9 +143,7 @@ def _pixel_shape(rows: Rows) -> Shape:
 
 def _latent_shape(rows: Rows) -> Shape:
     if not rows.dtype.is_floating_point or len(rows.shape) != 3:
-        raise ValueError(
-            f"latents must be float (N, C, H, W), got {rows.dtype} (N, {format_shape(rows.shape, ', ')})"
-        )
+        raise ValueError(f"latents must be float (N, C, H, W), got {rows.dtype} (N, {format_shape(rows.shape, ', ')})")
     channels, height, width = rows.shape
     return channels, height, width
 
@@ -190,9 +188,7 @@ def _open(path: Path) -> Source:
     if path.is_dir():
         return _guarded(path, _open_folder)
     if path.suffix not in READERS:
-        raise ValueError(
-            f"{path}: unknown file type '{path.suffix}', expected one of {', '.join(READERS)} or a folder"
-        )
+        raise ValueError(f"{path}: unknown file type '{path.suffix}', expected one of {', '.join(READERS)} or a folder")
     return _guarded(path, READERS[path.suffix])
 
 
@@ -259,9 +255,7 @@ def _join(sources: list[Source], paths: list[Path], normalize: tuple[Tensor, Ten
             raise ValueError(f"{path.name} has {len(source.rows)} latents, but {len(source.labels)} labels")
     rows = ShardedRows([source.rows for source in sources])
     if normalize is not None and normalize[0].shape[0] != first.rows.shape[0]:
-        raise ValueError(
-            f"latents_stats.pt is for {normalize[0].shape[0]} channels, the latents have {rows.shape[0]}"
-        )
+        raise ValueError(f"latents_stats.pt is for {normalize[0].shape[0]} channels, the latents have {rows.shape[0]}")
     note = "as stored" if normalize is None else "normalised by latents_stats.pt"
     return Source(rows, torch.cat(labels) if labels else None, "latents", note, normalize)
 

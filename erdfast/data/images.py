@@ -57,16 +57,12 @@ def image_grid(
     font = _font(height)
     margin = _label_width(row_labels, font, gap)
 
-    sheet = Image.new(
-        "RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), BACKGROUND
-    )
+    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(rgb):
         row, column = divmod(index, columns)
         enlarged = picture.repeat(factor, axis=0).repeat(factor, axis=1)
-        sheet.paste(
-            Image.fromarray(enlarged), (margin + gap + column * (width + gap), gap + row * (height + gap))
-        )
+        sheet.paste(Image.fromarray(enlarged), (margin + gap + column * (width + gap), gap + row * (height + gap)))
     for row, label in enumerate(row_labels or ()):
         draw.text((margin, gap + row * (height + gap) + height // 2), label, TEXT, font, anchor="rm")
     return sheet

@@ -191,10 +191,7 @@ class GaussianMixture(Dataset):
         Returns:
             (T,) float64.
         """
-        values = [
-            torch.as_tensor(c, dtype=torch.float64, device="cpu").reshape(-1)
-            for c in (alpha, sigma, c_x, c_eps)
-        ]
+        values = [torch.as_tensor(c, dtype=torch.float64, device="cpu").reshape(-1) for c in (alpha, sigma, c_x, c_eps)]
         levels = torch.stack(torch.broadcast_tensors(*values), dim=1)
         modes = self.means.shape[0]
         mode = torch.arange(modes).repeat(math.ceil(num_samples / modes))
@@ -207,9 +204,7 @@ class GaussianMixture(Dataset):
             products = a * self._gram[mode] + variance.sqrt() * noise
             r = self._responsibilities(products, a, variance, allowed)
             ratio = self._variance_over_sigma2(r, s, variance).mean()
-            floors.append(
-                (cx * s - ce * a) ** 2 * ratio
-            )  # (q*sigma)^2 * (trace/d)/sigma^2: no division by sigma
+            floors.append((cx * s - ce * a) ** 2 * ratio)  # (q*sigma)^2 * (trace/d)/sigma^2: no division by sigma
         return torch.stack(floors)
 
     def _allowed(self, y: Tensor | None, batch: int) -> Tensor | None:
@@ -223,9 +218,7 @@ class GaussianMixture(Dataset):
         y = y[:, None]
         return (y == self.mode_class) | (y == self.num_classes)
 
-    def _responsibilities(
-        self, products: Tensor, alpha: Tensor, variance: Tensor, allowed: Tensor | None
-    ) -> Tensor:
+    def _responsibilities(self, products: Tensor, alpha: Tensor, variance: Tensor, allowed: Tensor | None) -> Tensor:
         """(B, J) posterior probability of each mode, from <x_t, mu_j>. |x_t|^2 is the same for all modes and
         drops out."""
         logits = (alpha * products - 0.5 * alpha**2 * self._gram.diagonal()) / variance

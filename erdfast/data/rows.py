@@ -157,9 +157,7 @@ def read_safetensors(path: Path) -> dict[str, ByteRows]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(
-                f"'{name}' has type {entry['dtype']}, expected one of {', '.join(_SAFETENSORS_DTYPES)}"
-            )
+            raise ValueError(f"'{name}' has type {entry['dtype']}, expected one of {', '.join(_SAFETENSORS_DTYPES)}")
         start, end = entry["data_offsets"]
         dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
         if end - start != math.prod(shape) * dtype.itemsize:
@@ -185,9 +183,7 @@ def read_hdf5(path: Path) -> dict[str, Rows]:
             continue
         offset = dataset.id.get_offset()  # None where the data lie in chunks
         dtype = _torch_dtype(dataset.dtype, name)
-        arrays[name] = (
-            HDF5Rows(dataset) if offset is None else _map_bytes(path, offset, dataset.shape, dtype, name)
-        )
+        arrays[name] = HDF5Rows(dataset) if offset is None else _map_bytes(path, offset, dataset.shape, dtype, name)
     return arrays
 
 
@@ -215,9 +211,7 @@ def _map_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dty
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     needed = offset + shape[0] * row_bytes
     if needed > path.stat().st_size:
-        raise ValueError(
-            f"the file ends early: '{name}' needs {needed:,} bytes, there are {path.stat().st_size:,}"
-        )
+        raise ValueError(f"the file ends early: '{name}' needs {needed:,} bytes, there are {path.stat().st_size:,}")
     # Mode "c" (copy on write) never touches the file, and spares PyTorch's warning about memory it may not
     # write to.
     mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(shape[0], row_bytes))
@@ -235,13 +229,9 @@ def _from_memory(array: np.ndarray, name: str) -> ByteRows:
 def _torch_dtype(dtype: np.dtype, name: str = "array") -> torch.dtype:
     code = f"{dtype.kind}{dtype.itemsize}"
     if dtype.hasobject:
-        raise ValueError(
-            f"'{name}' holds Python objects, which would have to be unpickled: save plain numbers"
-        )
+        raise ValueError(f"'{name}' holds Python objects, which would have to be unpickled: save plain numbers")
     if code not in _TORCH_DTYPES or not dtype.isnative:
-        raise ValueError(
-            f"'{name}' has type {dtype.str}, expected one of {', '.join(_TORCH_DTYPES)} in native order"
-        )
+        raise ValueError(f"'{name}' has type {dtype.str}, expected one of {', '.join(_TORCH_DTYPES)} in native order")
     return _TORCH_DTYPES[code]
 
 

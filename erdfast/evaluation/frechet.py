@@ -102,9 +102,7 @@ class FeatureStatistics:
             ValueError: `other` is of another width.
         """
         if other.mean.shape != self.mean.shape:
-            raise ValueError(
-                f"cannot merge statistics of {other.mean.numel()} and {self.mean.numel()} features"
-            )
+            raise ValueError(f"cannot merge statistics of {other.mean.numel()} and {self.mean.numel()} features")
         if other.count:
             self._join(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
 
@@ -128,6 +126,4 @@ class FeatureStatistics:
 
     def distance(self, other: FeatureStatistics) -> float:
         """`frechet_distance` to other statistics."""
-        return frechet_distance(
-            self.mean.cpu(), self.covariance.cpu(), other.mean.cpu(), other.covariance.cpu()
-        )
+        return frechet_distance(self.mean.cpu(), self.covariance.cpu(), other.mean.cpu(), other.covariance.cpu())

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FULL_INTERVAL = (0.0, 1.0)
 """Guidance at every noise level."""
 
+ROUNDING = 1e-9
+"""Allowance at the interval's ends: a grid's 0.8 may come out as 0.8000000000000003."""
+
 
 class Affine(NamedTuple):
     """A conversion at one time: pred_factor * prediction + state_factor * x_t; (1,) float64 each."""
@@ -99,17 +102,11 @@ class Guided:
         """
         discrete = self.process.schedule.discrete
         t = torch.tensor(times, dtype=torch.int64 if discrete else torch.float64, device=device)
-        one, zero = (
-            fill(len(times), dtype=torch.float64, device=device) for fill in (torch.ones, torch.zeros)
-        )
+        one, zero = (fill(len(times), dtype=torch.float64, device=device) for fill in (torch.ones, torch.zeros))
         with torch.no_grad():
             coef = self.process.coefficients(t, dtype=torch.float64)
             # A conversion is linear in (prediction, x_t): unit inputs read its two factors off.
-            factors = [
-                self.process.convert(*unit, t, to)
-                for to in ("x0", "u")
-                for unit in ((one, zero), (zero, one))
-            ]
+            factors = [self.process.convert(*unit, t, to) for to in ("x0", "u") for unit in ((one, zero), (zero, one))]
         for i, time in enumerate(times):
             x0_pred, x0_state, u_pred, u_state = (factor[i : i + 1] for factor in factors)
             network_time = coef.time[i : i + 1].to(torch.float32)
@@ -119,7 +116,8 @@ class Guided:
     def guided_at(self, time: float) -> bool:
         """Whether an evaluation at this time (label or t) uses the unconditional prediction."""
         low, high = self.interval
-        return self.cfg_scale != 1.0 and low <= time / self._last_time <= high
+        place = time / self._last_time
+        return self.cfg_scale != 1.0 and low - ROUNDING <= place <= high + ROUNDING
 
     def _row(self, x: Tensor, time: float) -> Row:
         if time not in self._rows:

@@ -67,9 +67,7 @@ def _iddpm(table: np.ndarray, steps: int) -> np.ndarray:
     """Equal steps of the label, between 0.002 and 81 or what the table reaches."""
     inside = table[(table >= 0.002) & (table <= 81.0)][::-1]
     if len(inside) == 0:
-        raise ValueError(
-            f"no noise level of {table[0]:.3g}..{table[-1]:.3g} is within 0.002..81, the range of 'iddpm'"
-        )
+        raise ValueError(f"no noise level of {table[0]:.3g}..{table[-1]:.3g} is within 0.002..81, the range of 'iddpm'")
     return inside[np.rint(np.linspace(0.0, len(inside) - 1, steps)).astype(np.int64)]
 
 
@@ -159,7 +157,5 @@ def make_levels(process: Process, steps: int, level_set: str | None = None) -> L
     if process.schedule.discrete:
         return table_levels(noise_table(process), steps, level_set or "edm")
     if level_set not in (None, "uniform"):
-        raise ValueError(
-            f"level set {level_set!r} is for a discrete process; a continuous one takes 'uniform'"
-        )
+        raise ValueError(f"level set {level_set!r} is for a discrete process; a continuous one takes 'uniform'")
     return uniform_levels(process, steps)

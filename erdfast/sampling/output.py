@@ -34,9 +34,7 @@ def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = N
     return torch.tensor(chosen, dtype=torch.int64)[torch.arange(num) % len(chosen)]
 
 
-def save_npz(
-    path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | Tensor | None = None
-) -> Path:
+def save_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | Tensor | None = None) -> Path:
     """Writes `arr_0` (images) and `arr_1` (labels) as ADM's evaluation reads them; complete or not at all.
 
     Args:

@@ -68,9 +68,15 @@ def resolve_sampler(process: Process, sampler: str | None) -> str:
 
 
 def _resolve_labels(
-    num: int, num_classes: int, labels: Tensor | Sequence[int] | None, classes: Sequence[int] | None
+    num: int,
+    first_id: int,
+    num_classes: int,
+    labels: Tensor | Sequence[int] | None,
+    classes: Sequence[int] | None,
 ) -> Tensor | None:
     """(num,) int64 labels on the CPU, or None for an unconditional model."""
+    if first_id < 0:
+        raise ValueError(f"first_id must be at least 0, got {first_id}")
     if labels is not None and classes is not None:
         raise ValueError("give labels (one per image) or classes (taken in turn), not both")
     if num_classes == 0:
@@ -78,7 +84,7 @@ def _resolve_labels(
             raise ValueError("labels or classes were given, but the model is unconditional")
         return None
     if labels is None:
-        return default_labels(num, num_classes, classes)
+        return default_labels(first_id + num, num_classes, classes)[first_id:]
     y = torch.as_tensor(labels, dtype=torch.int64).cpu()
     if y.shape != (num,):
         raise ValueError(f"labels must have shape ({num},), got {tuple(y.shape)}")
@@ -125,7 +131,7 @@ def sample(
         sampler: a name of SAMPLERS that suits the process (SAMPLER_KINDS); None: `edm_heun` or `heun`.
         level_set: a name of LEVEL_SETS for a discrete process; None: `edm`.
         seed: of the starting noise.
-        first_id: number of the first image, for runs that draw a part of the whole.
+        first_id: number of the first image, for runs that draw a part of the whole; classes in turn count from 0.
         batch_size: images at a time, at least 1; under guidance the network sees twice as many.
         state_dtype: float32 or float64, of the sampler's state; the network always receives float32.
         autocast_dtype: bfloat16 or float16 for the network's own arithmetic, or None.
@@ -145,7 +151,7 @@ def sample(
         raise ValueError(f"state_dtype {state_dtype} is not one of {STATE_DTYPES}")
     check_guidance(cfg_scale, interval)
     num_classes = cast("int", model.num_classes)
-    y = _resolve_labels(num, num_classes, labels, classes)
+    y = _resolve_labels(num, first_id, num_classes, labels, classes)
     null_class = getattr(model, "null_class", num_classes if num_classes > 0 else None)
     where = _device_of(model) if device is None else torch.device(device)
     shape = cast("tuple[int, int, int]", model.input_shape)

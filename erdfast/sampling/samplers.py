@@ -107,9 +107,7 @@ def edm_heun(
     Raises:
         ValueError: another state dtype.
     """
-    return _integrate(
-        _denoising_slope(network, levels, state_dtype), latents, levels, True, state_dtype, callback
-    )
+    return _integrate(_denoising_slope(network, levels, state_dtype), latents, levels, True, state_dtype, callback)
 
 
 def edm_euler(
@@ -121,9 +119,7 @@ def edm_euler(
     callback: Callback | None = None,
 ) -> Tensor:
     """First-order counterpart of `edm_heun` (DDIM's update in EDM's variables); N network calls."""
-    return _integrate(
-        _denoising_slope(network, levels, state_dtype), latents, levels, False, state_dtype, callback
-    )
+    return _integrate(_denoising_slope(network, levels, state_dtype), latents, levels, False, state_dtype, callback)
 
 
 def heun(
@@ -138,9 +134,7 @@ def heun(
 
     As `edm_heun`, except that `network(x_t, t)` returns the velocity dx_t/dt and the state is x_t itself.
     """
-    return _integrate(
-        _velocity_slope(network, levels, state_dtype), latents, levels, True, state_dtype, callback
-    )
+    return _integrate(_velocity_slope(network, levels, state_dtype), latents, levels, True, state_dtype, callback)
 
 
 def euler(
@@ -152,9 +146,7 @@ def euler(
     callback: Callback | None = None,
 ) -> Tensor:
     """Euler's rule in the time of a continuous process; N network calls. See `heun`."""
-    return _integrate(
-        _velocity_slope(network, levels, state_dtype), latents, levels, False, state_dtype, callback
-    )
+    return _integrate(_velocity_slope(network, levels, state_dtype), latents, levels, False, state_dtype, callback)
 
 
 SAMPLERS: dict[str, Sampler] = {"edm_heun": edm_heun, "edm_euler": edm_euler, "heun": heun, "euler": euler}

@@ -106,9 +106,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
     _tidy(axes)
 
 
-def _draw_loss_by_logsnr(
-    axes: Axes, records: Sequence[Record], floor: Sequence[tuple[float, float]] | None
-) -> None:
+def _draw_loss_by_logsnr(axes: Axes, records: Sequence[Record], floor: Sequence[tuple[float, float]] | None) -> None:
     axes.set_title("Loss per noise level", loc="left", fontsize=11)
     axes.set_xlabel("log-SNR, ln(α²/σ²)      noisy  ←  →  clean")
     axes.set_ylabel("squared error per element")
@@ -118,15 +116,11 @@ def _draw_loss_by_logsnr(
         edges, means = _pool(part)
         centers = (edges[1:] + edges[:-1]) / 2
         known = np.isfinite(means)
-        axes.plot(
-            centers[known], means[known], style, color=color, linewidth=1.8, markersize=5, label=_span(part)
-        )
+        axes.plot(centers[known], means[known], style, color=color, linewidth=1.8, markersize=5, label=_span(part))
         drawn.append(means[known])
     if floor:
         levels, values = (np.asarray(column, dtype=np.float64) for column in zip(*sorted(floor), strict=True))
-        axes.plot(
-            levels, values, "--", color=BLACK, linewidth=1.4, label="Bayes floor (no model can be lower)"
-        )
+        axes.plot(levels, values, "--", color=BLACK, linewidth=1.4, label="Bayes floor (no model can be lower)")
         drawn.append(values)
     if not drawn:
         _say(axes, "no loss per noise level was recorded")
@@ -166,9 +160,7 @@ def _pool(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     edges = _edges(records[-1])
     sums, counts = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
     for record in records:
-        means = np.asarray(
-            [np.nan if mean is None else mean for mean in record["loss_by_logsnr"]], dtype=np.float64
-        )
+        means = np.asarray([np.nan if mean is None else mean for mean in record["loss_by_logsnr"]], dtype=np.float64)
         weights = np.asarray(record.get("count_by_logsnr", np.ones(len(means))), dtype=np.float64)
         if not len(means) == len(weights) == len(edges) - 1:
             raise ValueError(

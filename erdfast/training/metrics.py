@@ -33,9 +33,7 @@ class MetricsWriter:
         ImportError: TensorBoard is wanted but not installed.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, tensorboard: str | os.PathLike[str] | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, tensorboard: str | os.PathLike[str] | None = None) -> None:
         self.path = Path(path)
         self._tensorboard_folder = tensorboard
         self._board = None if tensorboard is None else _open_tensorboard(tensorboard, None)

@@ -49,7 +49,7 @@ def test_pictures_without_labels(tmp_path):
     assert (data.shape, data.num_classes, data.class_names) == ((1, 4, 4), 0, [])
     assert everything(data).y.tolist() == [0, 0, 0]
     assert "no labels" in data.describe()
-    with pytest.raises(ValueError, match="a.npz: 10 classes are wanted"):
+    with pytest.raises(ValueError, match=r"a\.npz: 10 classes are wanted"):
         opened(tmp_path / "a.npz", num_classes=10)
 
 
@@ -148,9 +148,7 @@ def test_erd_hdf5(tmp_path, chunks):
     h5py = pytest.importorskip("h5py")
     moments = RANDOM.rand(7, 8, 8, 8).astype(np.float32)
     with h5py.File(tmp_path / "latents.h5", "w") as file:
-        file.create_dataset(
-            "train_latents", data=moments, chunks=chunks, compression="gzip" if chunks else None
-        )
+        file.create_dataset("train_latents", data=moments, chunks=chunks, compression="gzip" if chunks else None)
         file.create_dataset("train_labels", data=np.arange(7, dtype=np.uint16))
     data = opened(tmp_path / "latents.h5", shape=(4, 8, 8), num_classes=1000)
     x, y, scale = data.gather(torch.tensor([6, 2, 6, 0]))
@@ -206,17 +204,13 @@ def damaged(folder: Path, name: str) -> Path:
         path.write_bytes(b"hello")
     if name in ("truncated npy", "pickle"):
         path = folder / "bad.npy"
-        np.save(
-            path, latents(4) if name == "truncated npy" else np.array([{}], dtype=object), allow_pickle=True
-        )
+        np.save(path, latents(4) if name == "truncated npy" else np.array([{}], dtype=object), allow_pickle=True)
         path.write_bytes(path.read_bytes()[:1000])
     if name in ("truncated safetensors", "long header", "broken header"):
         path = folder / "bad.safetensors"
         save_file({"latents": torch.zeros(4, 1, 8, 8)}, path)
         data = path.read_bytes()
-        path.write_bytes(
-            {"t": data[:500], "l": b"\xff" * 64, "b": data[:8] + b"x" * (len(data) - 8)}[name[0]]
-        )
+        path.write_bytes({"t": data[:500], "l": b"\xff" * 64, "b": data[:8] + b"x" * (len(data) - 8)}[name[0]])
     if name == "other type":
         path = folder / "bad.txt"
         path.write_text("hello")

@@ -74,9 +74,7 @@ def test_posterior_obeys_tweedie(alpha, sigma, label):
             return log_density(data, x, alpha, sigma, modes)
 
         score = torch.autograd.grad(log_p(x), x)[0]
-        torch.testing.assert_close(
-            found.x0[i].flatten(), (x + sigma**2 * score) / alpha, rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(found.x0[i].flatten(), (x + sigma**2 * score) / alpha, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(found.eps[i].flatten(), -sigma * score, rtol=1e-10, atol=1e-10)
         hessian_trace = torch.autograd.functional.hessian(log_p, x.detach()).trace()
         variance = sigma**2 / alpha**2 * (1 + sigma**2 * hessian_trace / 18)
@@ -91,16 +89,14 @@ def test_target_mean_is_the_published_formula():
     a, s, cx, ce = (c.double().view(-1, 1, 1, 1) for c in (alpha, sigma, c_x, c_eps))
     q = cx - ce * a / s
     expected = q * data.posterior_mean(x_t, alpha, sigma) + ce / s * x_t.double()
-    torch.testing.assert_close(
-        data.target_mean(x_t, alpha, sigma, c_x, c_eps), expected, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(data.target_mean(x_t, alpha, sigma, c_x, c_eps), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_floor_is_the_error_of_the_best_prediction(conditional):
     # The floor draws inner products only; here whole samples are noised and predicted.
-    data = GaussianMixture((1, 3, 3), num_classes=2, modes_per_class=2, std=0.5, size=40_000)
-    x0, y, _ = data.gather(torch.arange(40_000))
+    data = GaussianMixture((1, 3, 3), num_classes=2, modes_per_class=2, std=0.5, size=16_000)
+    x0, y, _ = data.gather(torch.arange(16_000))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     alpha = torch.tensor([0.995, 0.8, 0.4, 0.05])
     sigma = (1 - alpha**2).sqrt()
@@ -120,17 +116,13 @@ def test_knowing_the_label_helps_and_the_null_label_does_not():
     data = small()
     alpha, sigma = torch.tensor([0.4]), torch.tensor([0.9])
     one, zero = torch.ones(1), torch.zeros(1)
-    assert data.bayes_floor(alpha, sigma, one, zero, conditional=True) < data.bayes_floor(
-        alpha, sigma, one, zero
-    )
+    assert data.bayes_floor(alpha, sigma, one, zero, conditional=True) < data.bayes_floor(alpha, sigma, one, zero)
     x_t = data.gather(torch.arange(6)).x
     null = torch.full((6,), data.num_classes)
     assert torch.equal(data.posterior_mean(x_t, 0.4, 0.9, null), data.posterior_mean(x_t, 0.4, 0.9))
     mixed = null.clone()
     mixed[2] = 0
-    changed = (
-        (data.posterior_mean(x_t, 0.4, 0.9, mixed) != data.posterior_mean(x_t, 0.4, 0.9)).flatten(1).any(1)
-    )
+    changed = (data.posterior_mean(x_t, 0.4, 0.9, mixed) != data.posterior_mean(x_t, 0.4, 0.9)).flatten(1).any(1)
     assert changed.tolist() == [False, False, True, False, False, False]
 
 

@@ -38,9 +38,7 @@ def test_ranks_share_out_one_batch(world):
     for step in range(5):
         parts = [batch_indices(3, step, batch, n, rank_offset=r * share, count=share) for r in range(world)]
         assert torch.equal(torch.cat(parts), batch_indices(3, step, batch, n))
-    assert (
-        batch_indices(3, 0, batch, n, rank_offset=10).tolist() == batch_indices(3, 0, batch, n)[10:].tolist()
-    )
+    assert batch_indices(3, 0, batch, n, rank_offset=10).tolist() == batch_indices(3, 0, batch, n)[10:].tolist()
     assert batch_indices(3, 0, batch, n, rank_offset=12).numel() == 0
 
 
@@ -70,5 +68,5 @@ def test_the_caller_cannot_spoil_the_cache():
     ],
 )
 def test_bad_arguments(arguments, options):
-    with pytest.raises(ValueError, match="need step|must lie within"):
+    with pytest.raises(ValueError, match=r"need step|must lie within"):
         batch_indices(*arguments, **options)

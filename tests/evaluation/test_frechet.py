@@ -32,9 +32,7 @@ def test_matrix_root_definition() -> None:
 def test_diagonal_closed_form() -> None:
     v1, v2 = np.array([4.0, 1.0, 0.0]), np.array([1.0, 9.0, 0.25])
     expected = np.sum((np.sqrt(v1) - np.sqrt(v2)) ** 2) + 3.0
-    assert frechet_distance(np.zeros(3), np.diag(v1), np.ones(3), np.diag(v2)) == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert frechet_distance(np.zeros(3), np.diag(v1), np.ones(3), np.diag(v2)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_small_distances_keep_their_digits() -> None:
@@ -77,9 +75,7 @@ def test_merge_is_the_same_as_one_pass() -> None:
 
 def test_float32_features_are_summed_in_float64() -> None:
     features = torch.full((20000, 1), 0.1)
-    assert float(FeatureStatistics.of(features, chunk=64).mean) == pytest.approx(
-        float(torch.tensor(0.1)), rel=1e-13
-    )
+    assert float(FeatureStatistics.of(features, chunk=64).mean) == pytest.approx(float(torch.tensor(0.1)), rel=1e-13)
 
 
 def test_bad_input() -> None:

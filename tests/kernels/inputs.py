@@ -18,14 +18,16 @@ STREAM = 2**31 + 5
 MOMENTS_SCALE = 0.18215
 
 ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-"""Relative error of a stored number: half a unit in the last place for fp16. A whole unit for bf16, because Triton's
-interpreter truncates where GPUs round to nearest. A few units for fp32, which is computed with as many roundings."""
+"""Relative error of a stored number: half a unit in the last place for fp16. A whole unit for bf16, because
+Triton's interpreter truncates where GPUs round to nearest. A few units for fp32, which is computed with as
+many roundings."""
 
 NORMAL_ERROR = 1e-6
 """Absolute error of a normal drawn in float32."""
 
 GUARD = 256
-"""Elements on each side of an output that must keep their poison: the interpreter does not notice a store out of bounds."""
+"""Elements on each side of an output that must keep their poison: the interpreter does not notice a store out
+of bounds."""
 
 
 class Inputs(NamedTuple):
@@ -42,7 +44,9 @@ class Inputs(NamedTuple):
     eps64: Tensor
 
 
-def make_inputs(shape: tuple[int, int], dtype: torch.dtype, *, keyed: bool, moments: bool, device: torch.device) -> Inputs:
+def make_inputs(
+    shape: tuple[int, int], dtype: torch.dtype, *, keyed: bool, moments: bool, device: torch.device
+) -> Inputs:
     """Random inputs and what they mean in float64; ids include numbers beyond 2^32 and below 0."""
     batch, n = shape
     rng = torch.Generator().manual_seed(1000 * batch + n)

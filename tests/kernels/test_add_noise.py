@@ -1,14 +1,25 @@
+from typing import Any
+
 import pytest
 import torch
 
 from erdfast.kernels.add_noise import add_noise, add_noise_kernel
-from tests.kernels.inputs import DTYPES, NORMAL_ERROR, ROUNDING, SHAPES, assert_guard_intact, assert_within, guarded, make_inputs
+from tests.kernels.inputs import (
+    DTYPES,
+    NORMAL_ERROR,
+    ROUNDING,
+    SHAPES,
+    assert_guard_intact,
+    assert_within,
+    guarded,
+    make_inputs,
+)
 
 
 def run(inputs, out):
     alpha, sigma, _ = inputs.coef
-    key = (inputs.seed, inputs.stream, inputs.sample_ids)
-    add_noise(out, inputs.x0, inputs.noise, alpha, sigma, *key, inputs.moments_scale)
+    seed, stream, ids = inputs.seed, inputs.stream, inputs.sample_ids
+    add_noise(out, inputs.x0, inputs.noise, alpha, sigma, seed, stream, ids, inputs.moments_scale)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -21,7 +32,9 @@ def test_agrees_with_float64(dtype, keyed, moments, shape, device):
     run(inputs, out)
     alpha, sigma = (c.cpu().double()[:, None] for c in inputs.coef[:2])
     signal, noise = alpha * inputs.clean64, sigma * inputs.eps64
-    tolerance = ROUNDING[out.dtype] * (signal + noise).abs() + 2.0**-22 * (signal.abs() + noise.abs()) + 4 * NORMAL_ERROR
+    tolerance = (
+        ROUNDING[out.dtype] * (signal + noise).abs() + 2.0**-22 * (signal.abs() + noise.abs()) + 2 * NORMAL_ERROR
+    )
     assert_within(out, signal + noise, tolerance)
     assert_guard_intact(whole)
 
@@ -33,7 +46,7 @@ def test_mixes_dtypes(x0, out, device):
     run(inputs, view)
     alpha, sigma = (c.cpu().double()[:, None] for c in inputs.coef[:2])
     expected = alpha * inputs.clean64 + sigma * inputs.eps64
-    assert_within(view, expected, ROUNDING[view.dtype] * expected.abs() + 4 * NORMAL_ERROR)
+    assert_within(view, expected, ROUNDING[view.dtype] * expected.abs() + 2 * NORMAL_ERROR)
     assert_guard_intact(whole)
 
 
@@ -51,9 +64,12 @@ def test_sample_does_not_depend_on_the_batch(device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """The last of 5 samples of 2^29 + 3 elements starts beyond 2^31. Of each sample only the lanes of one program are computed;
-    the rest of the memory is reserved, never touched. In place, which is allowed: every element is read where it is written."""
-    batch, n, block = 5, 2**29 + 3, 128
+    """The last of 5 samples of 2^29 + 3 elements starts beyond 2^31. Of each sample only the lanes of one
+    program are computed; the rest of the memory is reserved, never touched. In place, which is allowed: every
+    element is read where it is written."""
+    batch, n = 5, 2**29 + 3
+    block: Any = 512
+    no: Any = False
     quarter = (n + 3) // 4
     x = torch.empty(batch, n, dtype=torch.float16, device=device)
     owned = torch.cat([torch.arange(j * quarter, min(j * quarter + block, n)) for j in range(4)]).to(device)
@@ -61,7 +77,7 @@ def test_offsets_beyond_32_bits(device):
     x[:, owned] = values
     alpha = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], device=device)
     add_noise_kernel[(batch,)](
-        x, x, x, alpha, alpha, None, None, None, 1.0, n, quarter, 1, KEYED=False, MOMENTS=False, BLOCK=block, num_warps=1
+        x, x, x, alpha, alpha, None, None, None, 1.0, n, quarter, 1, KEYED=no, MOMENTS=no, BLOCK=block
     )
     expected = 2.0 * alpha.cpu().double()[:, None] * values.cpu().double()
     assert_within(x[:, owned], expected, ROUNDING[x.dtype] * expected.abs())

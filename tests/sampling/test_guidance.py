@@ -36,9 +36,7 @@ def test_one_call_of_both_halves(schedule: str, target: str, sampler: str) -> No
 
 @pytest.mark.parametrize(("schedule", "target", "sampler"), KINDS)
 @pytest.mark.parametrize("interval", [(0.0, 0.8), (0.3, 0.6), (0.5, 1.0)])
-def test_interval_at_each_evaluation(
-    schedule: str, target: str, sampler: str, interval: tuple[float, float]
-) -> None:
+def test_interval_at_each_evaluation(schedule: str, target: str, sampler: str, interval: tuple[float, float]) -> None:
     """Every evaluation, a corrector's included, is guided or not by its own time."""
     process, network, _ = setup(schedule, target)
     sample(network, process, num=4, steps=11, sampler=sampler, cfg_scale=2.0, interval=interval)
@@ -55,6 +53,7 @@ def test_interval_ends() -> None:
     process, network, y = setup("flow", "u")
     guided = Guided(network, process, y, 2.0, (0.25, 0.75), null_class=3)
     assert [guided.guided_at(t) for t in (0.0, 0.2499, 0.25, 0.5, 0.75, 0.7501, 1.0)] == [0, 0, 1, 1, 1, 0, 0]
+    assert guided.guided_at(0.75 + 1e-15)
     process, network, y = setup("cosine", "eps")
     whole = Guided(network, process, y, 2.0, null_class=3)
     assert whole.guided_at(0)
@@ -82,9 +81,7 @@ def test_guided_distribution(schedule: str, target: str, sampler: str) -> None:
     torch.testing.assert_close(ours, exact, rtol=0.0, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "target"), [("cosine", "v"), ("flow", "x0"), ("vp", "k"), ("flow", "u")]
-)
+@pytest.mark.parametrize(("schedule", "target"), [("cosine", "v"), ("flow", "x0"), ("vp", "k"), ("flow", "u")])
 def test_guiding_output_or_velocity_is_the_same(schedule: str, target: str) -> None:
     process, network, y = setup(schedule, target)
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

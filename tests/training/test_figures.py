@@ -15,9 +15,7 @@ def records(count, **extra):
     found = []
     for step in range(1, count + 1):
         bins = [None if number == 3 else 1 / (step + number) for number in range(20)]
-        found.append(
-            {"step": step, "loss": 1 / step, "loss_by_logsnr": bins, "count_by_logsnr": [5] * 20} | extra
-        )
+        found.append({"step": step, "loss": 1 / step, "loss_by_logsnr": bins, "count_by_logsnr": [5] * 20} | extra)
     return found
 
 
@@ -43,7 +41,7 @@ def test_summary_shows_curves_floor_and_samples(tmp_path):
     assert count_color(tmp_path / "with.png", BLUE) > 500
     assert count_color(tmp_path / "with.png", ORANGE) > 100
     assert (image != pixels(tmp_path / "without.png")).any()
-    assert os.listdir(tmp_path).sort() == ["with.png", "without.png"].sort()
+    assert sorted(os.listdir(tmp_path)) == ["with.png", "without.png"]
 
 
 @pytest.mark.parametrize(
@@ -66,9 +64,7 @@ def test_summary_of_what_little_there_is(tmp_path, log, images):
 
 
 def test_lists_must_suit_the_edges(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"3 edges of log-SNR need 2 losses and counts, got 20 and 20 \(step 1\)"
-    ):
+    with pytest.raises(ValueError, match=r"3 edges of log-SNR need 2 losses and counts, got 20 and 20 \(step 1\)"):
         save_summary(tmp_path / "s.png", records(3, logsnr_edges=[-1, 0, 1]), None, title="bad")
     assert os.listdir(tmp_path) == []
 
@@ -109,7 +105,8 @@ def test_import_leaves_matplotlib_alone():
 def test_no_global_state_of_pyplot(tmp_path):
     code = (
         "import sys; from erdfast.training.figures import save_summary; "
-        f"save_summary({str(tmp_path / 's.png')!r}, [], None, title='t'); print('matplotlib.pyplot' in sys.modules)"
+        f"save_summary({str(tmp_path / 's.png')!r}, [], None, title='t'); "
+        "print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

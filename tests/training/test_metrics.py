@@ -12,9 +12,7 @@ from erdfast.training.metrics import LOGSNR_EDGES, LossByLogsnr, MetricsWriter, 
 def test_every_record_is_on_disk_at_once(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     writer = MetricsWriter(path)
-    writer.write(
-        {"step": 1, "loss": torch.tensor(0.5), "bins": np.array([1, 2]), "name": "a", "none": [None, 1.5]}
-    )
+    writer.write({"step": 1, "loss": torch.tensor(0.5), "bins": np.array([1, 2]), "name": "a", "none": [None, 1.5]})
     assert read_metrics(path) == [{"step": 1, "loss": 0.5, "bins": [1, 2], "name": "a", "none": [None, 1.5]}]
     writer.write({"step": 2})
     assert len(path.read_text().splitlines()) == 2
@@ -24,9 +22,7 @@ def test_every_record_is_on_disk_at_once(tmp_path):
 
 def test_what_is_not_finite_stays_valid_json(tmp_path):
     with MetricsWriter(tmp_path / "m.jsonl") as writer:
-        writer.write(
-            {"step": 1, "loss": math.nan, "bins": torch.tensor([1.0, math.inf]), "more": {"x": -math.inf}}
-        )
+        writer.write({"step": 1, "loss": math.nan, "bins": torch.tensor([1.0, math.inf]), "more": {"x": -math.inf}})
     text = (tmp_path / "m.jsonl").read_text()
 
     def refuse(constant):

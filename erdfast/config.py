@@ -1,0 +1,253 @@
+"""The options of the entry points: frozen dataclasses, one docstring per field, from which the command line is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from erdfast.process import Process
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LrSchedule = Literal["constant", "cosine"]
+Compile = Literal["none", "default", "max-autotune"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """Noise levels: what is added, what is predicted, how errors are weighed. See erdfast.process.Process."""
+
+    schedule: str = "cosine"
+    """How signal and noise depend on time: cosine, ddpm_linear, logsnr_linear (discrete); flow, vp, gvp, logsnr_uniform."""
+    target: str = "eps"
+    """What the network predicts: x0, eps, v, u, score; learnable: k, k2, k(t)."""
+    weighting: str = "erd"
+    """Weight of an error by noise level: constant, erd, erd_repo, min_snr, max_snr, p2, debias, min_debias, max_debias,
+    snr, trunc_snr, sigmoid, edm."""
+    time_sampler: str = "uniform"
+    """How times are drawn: uniform, logit_normal, uniform_logsnr."""
+    num_timesteps: int = 1000
+    """Times of a discrete schedule."""
+    stratified: bool = False
+    """Draw one time per stratum of the batch, so that every batch covers all noise levels."""
+    normalize: bool | None = None
+    """Give the weighting mean 1 over the drawn times; by default only erd is normalised."""
+    allocation: Literal["time", "logsnr"] = "time"
+    """erd: weight proportional to the recoverability at the drawn time, or per unit of log-SNR."""
+    as_sampling: bool = False
+    """Draw times in proportion to the weight instead of weighing: same expected gradient, lower variance."""
+    loss_space: Literal["target", "x0", "eps", "v", "u"] = "target"
+    """The space in which the error is measured, if not the network's own target."""
+    kappa_clip: float = 0.0
+    """Floor of the denominator when the loss space is not the target (k-Diff: 0.05 on pixels)."""
+    noise_scale: float = 1.0
+    """Standard deviation of the noise (JiT: image size / 256)."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal time sampler; time 1 is noise."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal time sampler."""
+    gamma: float | None = None
+    """Parameter of min_snr (5), max_snr (1) and p2 (1)."""
+    p2_k: float = 1.0
+    """Offset k of the p2 weighting."""
+    sigmoid_bias: float = 0.0
+    """Bias b of the sigmoid weighting."""
+    k_init: float = 0.5
+    """Where a learnable target starts: 0 is eps, 0.5 v, 1 x0."""
+    k_bins: int = 128
+    """Bins in time of the target k(t)."""
+
+    def build(self) -> Process:
+        """The process; raises ValueError for impossible combinations and says why."""
+        return Process(**dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and what goes with it."""
+
+    lr: float = 1e-4
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_schedule: LrSchedule = "constant"
+    """The learning rate after warm-up: constant, or a cosine to 0 at the last step."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that are sampled and published."""
+
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range."""
+        _require("lr", self.lr, self.lr > 0, "above 0")
+        _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        _require("adam_eps", self.adam_eps, self.adam_eps > 0, "above 0")
+        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+        _require("grad_clip", self.grad_clip, self.grad_clip >= 0, "at least 0 (0 does not clip)")
+        _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Pictures during training."""
+
+    sample_every: int = 10_000
+    """Steps between sample grids; 0 makes none."""
+    sample_num: int = 20
+    """Pictures in a grid, classes in turn."""
+    sample_steps: int = 18
+    """Steps of the sampler (Heun: two network calls each)."""
+    sample_cfg_scale: float = 2.0
+    """Guidance of the pictures; 1 is none."""
+
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range."""
+        _require("sample_every", self.sample_every, self.sample_every >= 0, "at least 0 (0 makes none)")
+        _require("sample_num", self.sample_num, self.sample_num >= 1, "at least 1")
+        _require("sample_steps", self.sample_steps, self.sample_steps >= 2, "at least 2")
+        _require("sample_cfg_scale", self.sample_cfg_scale, self.sample_cfg_scale >= 0, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a diffusion transformer. Without options: the handwritten digits, in minutes on a CPU."""
+
+    model: str = "uvit_digits"
+    """Preset of the network: uvit_s2, uvit_m2, uvit_l2, uvit_h2, dit_s2, dit_b2, dit_l2, dit_xl2; for a CPU uvit_digits,
+    dit_digits, uvit_tiny, dit_tiny."""
+    data: str | None = None
+    """digits, mixture, mixture:CxHxW, or a file or folder; by default what suits the model."""
+    recipe: str | None = None
+    """A published recipe that sets every other option (the command line still wins); by default the model's own."""
+    steps: int = 400_000
+    """Optimiser steps of the whole run."""
+    batch_size: int = 256
+    """Images per optimiser step."""
+    accumulation: int = 1
+    """Parts that a batch is split into when it does not fit in memory; divides the batch size."""
+    label_drop: float = 0.1
+    """Share of labels replaced by the null class, for classifier-free guidance."""
+    precision: Precision = "auto"
+    """fp32, bf16, or fp16 with a loss scale; auto: bf16 where the hardware has it, else fp32."""
+    compile: Compile = "none"
+    """torch.compile of the network."""
+    seed: int = 0
+    """A run is a pure function of its options and this number."""
+    out: Path | None = None
+    """Run directory; by default the next free runs/NNN-model-data."""
+    resume: Path | None = None
+    """Run directory to continue from its newest complete checkpoint; needs no other option."""
+    dry_run: bool = False
+    """Print parameters, operations and memory; do not train."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 5_000
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: int = 2
+    """How many checkpoints to keep."""
+    tensorboard: bool = False
+    """Write TensorBoard logs too (extra: logging)."""
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range or a combination that cannot run."""
+        _require("steps", self.steps, 1 <= self.steps < 2**32, "at least 1 and below 2^32")
+        _require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        _require("accumulation", self.accumulation, self.accumulation >= 1, "at least 1")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}")
+        _require("label_drop", self.label_drop, 0 <= self.label_drop <= 1, "in [0, 1]")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2^63")
+        _require("log_every", self.log_every, self.log_every >= 1, "at least 1")
+        _require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "at least 1")
+        _require("keep_last", self.keep_last, self.keep_last >= 1, "at least 1")
+        self.optimizer.validate()
+        self.preview.validate()
+        self.process.build()
+
+    def to_json(self) -> str:
+        """All options as JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> TrainConfig:
+        """The options of a config.json.
+
+        Raises:
+            ValueError: not JSON, or not the options of this version; names `origin`.
+        """
+        try:
+            values = json.loads(text)
+            groups = {"process": ProcessConfig, "optimizer": OptimizerConfig, "preview": PreviewConfig}
+            for name, group in groups.items():
+                values[name] = group(**values[name])
+            for name in ("out", "resume"):
+                values[name] = None if values[name] is None else Path(values[name])
+            betas = tuple(values["optimizer"].betas)
+            values["optimizer"] = dataclasses.replace(values["optimizer"], betas=betas)
+            config = cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{origin} does not hold the options of a training run ({error})") from error
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draw samples from a run's averaged weights."""
+
+    run: Path
+    """Run directory of erdfast.train."""
+    num: int = 64
+    """Number of samples."""
+    classes: tuple[int, ...] = ()
+    """Classes to draw, in turn; by default all."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the noise axis on which guidance acts: 0 is clean, 1 pure noise."""
+    steps: int = 50
+    """Steps of the sampler."""
+    sampler: str | None = None
+    """edm_heun, edm_euler (discrete schedules), heun, euler (continuous); by default the Heun sampler that suits."""
+    level_set: str | None = None
+    """Noise levels of the EDM samplers: edm, iddpm, vp."""
+    out: Path | None = None
+    """grid.png or samples.npz (as ADM's: arr_0 uint8 NHWC, arr_1 labels); by default RUN/samples.png."""
+    seed: int = 0
+    """Image i is a function of the seed and i."""
+    batch_size: int = 256
+    """Images per network call."""
+    precision: Precision = "auto"
+    """Of the network; the sampler's state is float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a run: for digits, Frechet distance in pixel space and label accuracy."""
+
+    run: Path
+    """Run directory of erdfast.train."""
+    steps: int = 18
+    """Steps of the sampler."""
+    seed: int = 1
+    """Seed of the samples."""
+    batch_size: int = 600
+    """Images per network call."""
+    precision: Precision = "auto"
+    """Of the network; the sampler's state is float32."""
+
+
+def _require(name: str, value: Any, condition: bool, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {rule}")
