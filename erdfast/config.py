@@ -20,7 +20,7 @@ class ProcessConfig:
     """Noise levels: what is added, what is predicted, how errors are weighed. See erdfast.process.Process."""
 
     schedule: str = "cosine"
-    """How signal and noise depend on time: cosine, ddpm_linear, logsnr_linear (discrete); flow, vp, gvp, logsnr_uniform."""
+    """Signal and noise over time: cosine, ddpm_linear, logsnr_linear (discrete); flow, vp, gvp, logsnr_uniform."""
     target: str = "eps"
     """What the network predicts: x0, eps, v, u, score; learnable: k, k2, k(t)."""
     weighting: str = "erd"
@@ -122,8 +122,8 @@ class TrainConfig:
     """Train a diffusion transformer. Without options: the handwritten digits, in minutes on a CPU."""
 
     model: str = "uvit_digits"
-    """Preset of the network: uvit_s2, uvit_m2, uvit_l2, uvit_h2, dit_s2, dit_b2, dit_l2, dit_xl2; for a CPU uvit_digits,
-    dit_digits, uvit_tiny, dit_tiny."""
+    """Preset of the network: uvit_s2, uvit_m2, uvit_l2, uvit_h2, dit_s2, dit_b2, dit_l2, dit_xl2; for a CPU
+    uvit_digits, dit_digits, uvit_tiny, dit_tiny."""
     data: str | None = None
     """digits, mixture, mixture:CxHxW, or a file or folder; by default what suits the model."""
     recipe: str | None = None

@@ -42,9 +42,7 @@ def model_config(name: str, **overrides: Any) -> BackboneConfig:
     fields = [field.name for field in dataclasses.fields(MODELS[name])]
     for key in overrides:
         if key not in fields:
-            raise ValueError(
-                f"{name} has no field {key!r}{_nearest(key, fields)}; it has {', '.join(fields)}"
-            )
+            raise ValueError(f"{name} has no field {key!r}{_nearest(key, fields)}; it has {', '.join(fields)}")
     return dataclasses.replace(MODELS[name], **overrides)
 
 

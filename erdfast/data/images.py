@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from erdfast.atomic import atomic_write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,17 +71,8 @@ def image_grid(
 def save_png(path: str | os.PathLike[str], image: Image) -> None:
     """Write a PNG so that `path` holds the old file or the complete new one, never a part. Makes the
     folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
-    try:
-        os.fchmod(handle, 0o644)  # mkstemp's 0600 would hide the picture from colleagues
-        with os.fdopen(handle, "wb") as stream:
-            image.save(stream, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_write(path) as stream:
+        image.save(stream, format="PNG")
 
 
 def save_image_grid(

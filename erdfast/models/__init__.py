@@ -26,9 +26,7 @@ def config_from_dict(description: Mapping[str, Any]) -> BackboneConfig:
     name = values.pop("backbone", None)
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)}")
-    fields = {
-        field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(BACKBONES[name])
-    }
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(BACKBONES[name])}
     unknown = [key for key in values if key not in fields]
     missing = [key for key, required in fields.items() if required and key not in values]
     if unknown or missing:

@@ -75,9 +75,7 @@ class BackboneConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         for name, value in zip(("height", "width"), self.input_shape[1:], strict=True):
             if value % self.patch_size:
-                raise ValueError(
-                    f"the input's {name} {value} is not divisible by patch_size {self.patch_size}"
-                )
+                raise ValueError(f"the input's {name} {value} is not divisible by patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if self.mlp_width < 1:
@@ -131,6 +129,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
+        # The label of guidance; whoever trains without dropping labels sets it to None.
+        self.null_class: int | None = config.num_classes or None
         self.input_shape = config.input_shape
         self.out_channels = config.out_channels
 

@@ -40,9 +40,7 @@ class DiTConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % 4:
-            raise ValueError(
-                f"width {self.width} is not a multiple of 4, as the sine-cosine position table needs"
-            )
+            raise ValueError(f"width {self.width} is not a multiple of 4, as the sine-cosine position table needs")
 
     @property
     def out_channels(self) -> int:

@@ -51,9 +51,7 @@ def published_weights(content: Mapping[str, Any], where: str = "the given weight
             return published_weights(content[wrapper], where)
     weights = {_plain(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        raise ValueError(
-            f"{where} holds neither tensors nor one of {', '.join(WRAPPERS)}, but {_some(content)}"
-        )
+        raise ValueError(f"{where} holds neither tensors nor one of {', '.join(WRAPPERS)}, but {_some(content)}")
     return weights
 
 

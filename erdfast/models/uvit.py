@@ -32,13 +32,9 @@ class UViTConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth % 2 == 0:
-            raise ValueError(
-                f"depth must be odd (one middle block between two equal halves), not {self.depth}"
-            )
+            raise ValueError(f"depth must be odd (one middle block between two equal halves), not {self.depth}")
         if self.width % 2:
-            raise ValueError(
-                f"width must be even, because the time token is sines and cosines, not {self.width}"
-            )
+            raise ValueError(f"width must be even, because the time token is sines and cosines, not {self.width}")
 
     @property
     def extra_tokens(self) -> int:
@@ -99,9 +95,7 @@ class UViT(Backbone):
         self.time_features = TimeFeatures(width)
         self.time_embed = nn.Identity()
         if config.mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
-            )
+            self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
         self.label_emb = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.extra_tokens + config.num_patches, width))
         self.in_blocks = nn.ModuleList(UViTBlock(config) for _ in range(half))
@@ -109,9 +103,7 @@ class UViT(Backbone):
         self.out_blocks = nn.ModuleList(UViTBlock(config, skip=True) for _ in range(half))
         self.norm = nn.LayerNorm(width)
         self.decoder_pred = nn.Linear(width, config.patch_size**2 * channels)
-        self.final_layer = (
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1) if config.conv else nn.Identity()
-        )
+        self.final_layer = nn.Conv2d(channels, channels, kernel_size=3, padding=1) if config.conv else nn.Identity()
         self.init_weights()
 
     @torch.no_grad()

@@ -84,8 +84,8 @@ def _warn_once(message: str) -> None:
 def resolve_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The back end to run: `requested`, or the fastest for the device and dtype.
 
-    float64 always takes the reference. Where the fast back end of a device is missing, the reference takes over with one
-    warning.
+    float64 always takes the reference. Where the fast back end of a device is missing, the reference takes over with
+    one warning.
 
     Raises:
         ValueError: `requested` is unknown or cannot run here; the message says why.

@@ -112,7 +112,7 @@ def determinant(alpha: Tensor, sigma: Tensor, c: Pair, clip: float = 0.0) -> Ten
     Below the floor the gradient is 0, as a clamp's is (k-Diff, alg. 1 with the clamp of section 4).
     """
     d = c[0] * sigma - c[1] * alpha
-    return torch.where(d < 0, -1.0, 1.0).to(d.dtype) * d.abs().clamp(min=max(clip, TINY))
+    return torch.copysign(d.abs().clamp(min=max(clip, TINY)), d)
 
 
 def kappa(alpha: Tensor, sigma: Tensor, c: Pair, b: Pair, clip: float = 0.0) -> Tensor:

@@ -54,7 +54,7 @@ class Process(Tables):
         normalize: divide the weighting by its mean under the time sampler; None means: for `erd` alone. The
             mean follows a learnable target, and gradients pass through it. Multiplied by kappa^2 afterwards.
         allocation: of `erd`: "time" makes w(t) proportional to omega, "logsnr" makes w(t)*p(t)*|dt/dlambda|
-            so (ERD, remark E.2), its factor capped at 100 times its mean.
+            so (ERD, remark E.2), its factor capped at about 100 times its mean.
         as_sampling: draw times from the density proportional to p(t)*w(t), with w corrected by p/q: the
             expected gradient stays, and w becomes (nearly) the same number for all.
         loss_space: the space in which the squared error is meant, if not that of the target: w gains kappa^2,
@@ -177,7 +177,8 @@ class Process(Tables):
 
         Args:
             batch: samples on this rank, at least 1.
-            seed, step: ints, or 0-d int64 tensors on the process's device (nothing is read back).
+            seed, step: ints, or 0-d int64 tensors on the process's device: nothing is read back, and a compiled
+                step is not compiled anew for each value.
             rank_offset: index of this rank's first sample in the global batch.
             global_batch: its size; needed if stratified.
             device: must be the process's device, which is also the default.
@@ -221,6 +222,10 @@ class Process(Tables):
         w = self._weight(t, point, c)
         values = (alpha, sigma, *c, w, self.schedule.network_time(t), self.schedule.logsnr(t))
         return Coefficients(*(value.to(dtype) for value in values))
+
+    def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Coefficients:
+        """`coefficients`, for callers that want a module to be callable."""
+        return self.coefficients(t, dtype)
 
     def logsnr(self, t: Tensor) -> Tensor:
         """log(alpha^2/sigma^2), float64, finite."""
@@ -289,15 +294,14 @@ class Process(Tables):
         """The weighting of an error in the target, not normalised."""
         logsnr = self.schedule.logsnr(t)
         ratio = self.times.density_ratio(t) if self.allocation == "logsnr" else None
-        level = Level(
-            point.alpha, point.sigma, *c, logsnr.exp(), logsnr, ratio, self.target_name, *self.rule_options
-        )
+        level = Level(point.alpha, point.sigma, *c, logsnr.exp(), logsnr, ratio, self.target_name, *self.rule_options)
         w = self.weighting.rule(level)
         if self.weighting.space == "target":
             return w
         w = w * (point.alpha / determinant(point.alpha, point.sigma, c)).square()
         alpha, _ = self.schedule.alpha_sigma(t)
-        return torch.where(alpha == 0, 1.0, w)  # at SNR 0 the ERD authors' code has 1
+        # At SNR 0 the ERD authors' code has 1. Not torch.where: it would copy the 1 from the host to a GPU.
+        return w.masked_fill(alpha == 0, 1.0)
 
     def _average_rule(self) -> Tensor:
         """Mean of the rule under the time sampler, 0-d."""

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from erdfast.atomic import write_text
 
 LOGSNR_EDGES: tuple[float, ...] = tuple(float(edge) for edge in range(-10, 11))
 """Edges of the 20 bins of log-SNR; the first and the last bin are open outwards."""
@@ -65,7 +66,7 @@ class MetricsWriter:
         records = read_metrics(self.path)
         kept = [record for record in records if record.get("step", step) <= step]
         if len(kept) < len(records):
-            _write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             if self._board is not None and self._tensorboard_folder is not None:
                 self._board.close()
                 self._board = _open_tensorboard(self._tensorboard_folder, step + 1)
@@ -173,20 +174,6 @@ def _drop_torn_line(path: Path) -> None:
     with path.open("rb+") as stream:
         data = stream.read()
         stream.truncate(data.rfind(b"\n") + 1)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        os.fchmod(handle, 0o644)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _open_tensorboard(folder: str | os.PathLike[str], purge_step: int | None):

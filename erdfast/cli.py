@@ -1,0 +1,102 @@
+"""What the entry points share: from the command line to options, and from an error to one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from erdfast import presets
+from erdfast.config import TrainConfig
+
+Config = TypeVar("Config")
+
+_GROUPS = ("process", "optimizer", "preview")
+_FREE_ON_RESUME = {"steps", "resume", "dry_run", "log_every", "checkpoint_every", "keep_last", "tensorboard", "compile"}
+"""What may change when a run continues: nothing that the weights depend on but its length."""
+
+
+def parse(config_type: type[Config], argv: Sequence[str] | None, default: Config | None = None) -> Config:
+    """Options from the command line, by the docstrings of a dataclass; flags carry no group prefix."""
+    import tyro
+
+    return tyro.cli(
+        config_type,
+        args=list(sys.argv[1:] if argv is None else argv),
+        prog=f"python -m erdfast.{config_type.__name__.removesuffix('Config').lower()}",
+        config=(tyro.conf.OmitArgPrefixes,),
+        default=tyro.MISSING_NONPROP if default is None else default,
+    )
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
+    """TrainConfig from a recipe (named, or the model's own) or a run to resume, with the command line on top.
+
+    Raises:
+        ValueError: an unknown recipe or model, a run that cannot be resumed, or options that would change it.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = _peek(arguments)
+    if first.resume is not None:
+        return _parse_resume(arguments, Path(first.resume))
+    name = first.recipe or ("digits" if first.model is None else presets.recipe_of_model(first.model))
+    return parse(TrainConfig, arguments, with_options(TrainConfig(), presets.recipe(name) | {"recipe": name}))
+
+
+def with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """`config` with fields replaced by name, whichever group they are in."""
+    for group in _GROUPS:
+        inner = getattr(config, group)
+        own = {name: options.pop(name) for name in list(options) if hasattr(inner, name)}
+        config = dataclasses.replace(config, **{group: dataclasses.replace(inner, **own)})
+    return dataclasses.replace(config, **options)
+
+
+def _peek(arguments: list[str]) -> argparse.Namespace:
+    """The three options on which the defaults of all others depend."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--recipe", "--model", "--resume"):
+        parser.add_argument(flag, nargs="?")
+    return parser.parse_known_args(arguments)[0]
+
+
+def _parse_resume(arguments: list[str], run: Path) -> TrainConfig:
+    from erdfast.training.run_directory import load_run_config
+
+    saved = load_run_config(run)
+    config = parse(TrainConfig, arguments, saved)
+    before, after = (_flat(c) for c in (saved, config))
+    changed = [name for name in before if before[name] != after[name] and name not in _FREE_ON_RESUME]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{run} was started with {name} {before[name]}; resuming cannot change it to {after[name]}. "
+            "Start a new run for that"
+        )
+    return config
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    for group in _GROUPS:
+        values |= values.pop(group)
+    return values
+
+
+def run(main: Callable[[], int | None], program: str) -> None:
+    """Call `main`; errors that users can mend become one line on stderr and exit code 2.
+
+    ValueError: input; ImportError: a missing extra; OSError: disk and files; ArithmeticError: a diverged run.
+    """
+    try:
+        code = main()
+    except (ValueError, ImportError, OSError, ArithmeticError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code)

@@ -1,0 +1,53 @@
+"""A finished (or running) run as the other entry points see it: options, data, averaged network, process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from erdfast.config import TrainConfig
+from erdfast.data import Dataset
+from erdfast.models import Backbone
+from erdfast.process import Process
+from erdfast.training.checkpoint import load_checkpoint, newest_checkpoint
+from erdfast.training.precision import PrecisionPolicy, resolve_precision
+from erdfast.training.run_directory import load_run_config
+from erdfast.training.setup import build_network, open_data
+
+
+class PublishedRun(NamedTuple):
+    """What `open_run` read."""
+
+    config: TrainConfig
+    step: int
+    """Of the checkpoint that was read."""
+    dataset: Dataset
+    model: Backbone
+    """With averaged weights, in evaluation mode."""
+    process: Process
+    """With the averaged learnable target."""
+    precision: PrecisionPolicy
+
+
+def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
+    """Read the newest complete checkpoint of a run directory.
+
+    Raises:
+        ValueError: it is no run directory, has no complete checkpoint, or its data is gone; names the file.
+    """
+    config = load_run_config(run)
+    policy = resolve_precision(precision, device)
+    checkpoint = load_checkpoint(newest_checkpoint(run))
+    dataset = open_data(config)
+    model = build_network(config, dataset)
+    process = config.process.build()
+    prefix = "ema/process/"
+    learnt = {n.removeprefix(prefix): v for n, v in checkpoint.tensors.items() if n.startswith(prefix)}
+    try:
+        model.load_state_dict(checkpoint.model)
+        process.load_state_dict(learnt)
+    except RuntimeError as error:
+        raise ValueError(f"{newest_checkpoint(run)} does not fit {run / 'config.json'}: {error}") from error
+    return PublishedRun(config, checkpoint.step, dataset, model.to(device).eval(), process.to(device), policy)

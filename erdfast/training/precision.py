@@ -1,0 +1,63 @@
+"""fp32, bf16 or fp16: what the hardware does well, autocast, and the loss scale."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+
+class PrecisionPolicy(NamedTuple):
+    """How the network computes. Weights, optimiser and averages are float32 always."""
+
+    name: str
+    """fp32, bf16 or fp16."""
+    device_type: str
+    """cpu or cuda."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """For torch.autocast; None in fp32."""
+        return None if self.name == "fp32" else self.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which the network runs."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, self.autocast_dtype)
+
+
+def resolve_precision(name: str, device: torch.device) -> PrecisionPolicy:
+    """`auto` becomes bf16 where the hardware multiplies it natively, fp32 elsewhere.
+
+    Raises:
+        ValueError: unknown, or a precision that this device does not have.
+    """
+    if name not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"unknown precision {name!r}; choose from auto, fp32, bf16, fp16")
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 is ten times slower than fp32 on a CPU; choose bf16, fp32 or auto")
+    if name == "auto":
+        name = "bf16" if _has_fast_bf16(device) else "fp32"
+    return PrecisionPolicy(name, device.type)
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Without AVX-512 BF16 oneDNN converts to float32 and back, which is slower than float32.
+    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next((line for line in stream if line.startswith("flags")), "")
+    except OSError:  # not Linux
+        return ""

@@ -1,0 +1,46 @@
+"""From options to the network and the data of a run."""
+
+from __future__ import annotations
+
+from erdfast import presets
+from erdfast.config import TrainConfig
+from erdfast.data import Dataset, open_dataset
+from erdfast.models import Backbone, BackboneConfig
+from erdfast.models.flops import parameter_count, training_flops
+
+
+def open_data(config: TrainConfig) -> Dataset:
+    """The data set of a resolved configuration.
+
+    Raises:
+        ValueError: it cannot be read, or does not suit the network; names the file.
+    """
+    network = presets.model_config(config.model)
+    assert config.data is not None
+    # A mixture can have any number of classes, so it takes the network's; files and digits have their own.
+    num_classes = network.num_classes if config.data.startswith("mixture") and network.num_classes else None
+    dataset = open_dataset(config.data, shape=network.input_shape, num_classes=num_classes, seed=config.seed)
+    if len(dataset) < 1:
+        raise ValueError(f"data {config.data} is empty")
+    return dataset
+
+
+def network_config(config: TrainConfig, dataset: Dataset | None = None) -> BackboneConfig:
+    """The preset, with as many classes as the data has."""
+    if dataset is None:
+        return presets.model_config(config.model)
+    return presets.model_config(config.model, num_classes=dataset.num_classes)
+
+
+def build_network(config: TrainConfig, dataset: Dataset) -> Backbone:
+    """The network with freshly drawn weights; without label drop it has no null class to guide with."""
+    model = network_config(config, dataset).build()
+    if config.label_drop == 0:
+        model.null_class = None
+    return model
+
+
+def describe_network(config: TrainConfig, dataset: Dataset | None = None) -> str:
+    """One line: "uvit_h2: 500,832,164 parameters, 799 GFLOP per image"."""
+    base = network_config(config, dataset)
+    return f"{config.model}: {parameter_count(base):,} parameters, {training_flops(base) / 1e9:.3g} GFLOP per image"
