@@ -96,7 +96,17 @@ def _add_noise(
     backend: str,
 ) -> Tensor:
     out = torch.empty(_out_shape(x0, moments_scale), dtype=dtype, device=x0.device)
-    launcher(backend, "add_noise").add_noise(out, x0, noise, alpha, sigma, seed, stream, sample_ids, moments_scale)
+    launcher(backend, "add_noise").add_noise(
+        out.flatten(1),  # views: back ends know samples of so many elements, not their shape
+        x0.flatten(1),
+        None if noise is None else noise.flatten(1),
+        alpha.contiguous(),
+        sigma.contiguous(),
+        seed,
+        stream,
+        sample_ids,
+        moments_scale,
+    )
     return out
 
 

@@ -57,7 +57,6 @@ def add_noise(
     moments_scale: float | None,
 ) -> None:
     """out = alpha*x0 + sigma*eps."""
-    alpha, sigma = alpha.contiguous(), sigma.contiguous()
     _extension().add_noise(
         _source(x0, noise, seed, stream, sample_ids, moments_scale),
         out=out.data_ptr(),
@@ -84,7 +83,6 @@ def diffusion_loss(
     want_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(sums (B, 3) float32 or None, gradient like pred or None); see csrc/diffusion_loss.cpp."""
-    c_x, c_eps, w = c_x.contiguous(), c_eps.contiguous(), w.contiguous()
     sums = torch.empty(pred.shape[0], 3, dtype=torch.float32) if want_sums else None
     grad = torch.empty_like(pred) if want_grad else None
     _extension().diffusion_loss(

@@ -114,6 +114,41 @@ def _reference(pred: Tensor, source: Source, coef: CoefficientsLike) -> tuple[Te
     return (coef.w * mse).mean(), mse
 
 
+def _launch(
+    pred: Tensor,
+    x0: Tensor,
+    c_x: Tensor,
+    c_eps: Tensor,
+    w: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    stream: Tensor | None,
+    sample_ids: Tensor | None,
+    moments_scale: float | None,
+    grad_scale: Tensor | None,
+    want_sums: bool,
+    want_grad: bool,
+    backend: str,
+) -> tuple[Any, Any]:
+    """Run a compiled back end, which knows samples of so many elements, not their shape."""
+    sums, grad = launcher(backend, "diffusion_loss").diffusion_loss(
+        pred.flatten(1),
+        x0.flatten(1),
+        None if noise is None else noise.flatten(1),
+        c_x.contiguous(),
+        c_eps.contiguous(),
+        w.contiguous(),
+        seed,
+        stream,
+        sample_ids,
+        moments_scale,
+        grad_scale,
+        want_sums,
+        want_grad,
+    )
+    return sums, None if grad is None else grad.view_as(pred)
+
+
 @torch.library.custom_op("erdfast::diffusion_loss", mutates_args=())
 def _diffusion_loss(
     pred: Tensor,
@@ -130,8 +165,8 @@ def _diffusion_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss 0-d, sums (B, 3), gradient like pred or empty)."""
-    sums, grad = launcher(backend, "diffusion_loss").diffusion_loss(
-        pred, x0, noise, c_x, c_eps, w, seed, stream, sample_ids, moments_scale, None, True, write_grad
+    sums, grad = _launch(
+        pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, None, True, write_grad, backend
     )
     loss = torch.dot(w, sums[:, 0]) / pred.numel()
     return loss, sums, pred.new_empty(0) if grad is None else grad
@@ -159,20 +194,9 @@ def _diffusion_loss_grad(
     backend: str,
 ) -> Tensor:
     """grad_loss * dL/dpred, rounded once."""
-    _, grad = launcher(backend, "diffusion_loss").diffusion_loss(
-        pred,
-        x0,
-        noise,
-        c_x,
-        c_eps,
-        w,
-        seed,
-        stream,
-        sample_ids,
-        moments_scale,
-        grad_loss.float(),
-        False,
-        True,
+    scale = grad_loss.float()
+    _, grad = _launch(
+        pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, scale, False, True, backend
     )
     return grad
 

@@ -288,6 +288,9 @@ class Process(Tables):
             w = w * kappa(point.alpha, point.sigma, c, SPACES[self.loss_space](point), self.clip).square()
         if self.as_sampling:
             w = w * self.times.importance(t)
+        if self.weighting.space == "eps":
+            # At SNR 0 the ERD authors' code has 1. Not torch.where: it would copy the 1 from the host to a GPU.
+            w = w.masked_fill(self.schedule.alpha_sigma(t)[0] == 0, 1.0)
         return w.clamp(max=LARGEST_WEIGHT)
 
     def _rule(self, t: Tensor, point: Point, c: Pair) -> Tensor:
@@ -298,10 +301,7 @@ class Process(Tables):
         w = self.weighting.rule(level)
         if self.weighting.space == "target":
             return w
-        w = w * (point.alpha / determinant(point.alpha, point.sigma, c)).square()
-        alpha, _ = self.schedule.alpha_sigma(t)
-        # At SNR 0 the ERD authors' code has 1. Not torch.where: it would copy the 1 from the host to a GPU.
-        return w.masked_fill(alpha == 0, 1.0)
+        return w * (point.alpha / determinant(point.alpha, point.sigma, c)).square()
 
     def _average_rule(self) -> Tensor:
         """Mean of the rule under the time sampler, 0-d."""

@@ -178,7 +178,9 @@ def test_weights_in_other_spaces_are_finite(schedule, space):
 def test_weight_is_1_where_the_snr_is_0():
     for name in EPS_SPACE:
         for target in SPACES:
-            assert Process("flow", target, name).coefficients(torch.tensor([1.0])).w == 1
+            for as_sampling in (False, True):
+                process = Process("flow", target, name, as_sampling=as_sampling)
+                assert process.coefficients(torch.tensor([1.0])).w == 1
 
 
 def test_erd_in_another_space_keeps_the_networks_omega():
@@ -228,6 +230,16 @@ def test_as_sampling_draws_from_the_tilted_density():
     expected = (1 << 16) * omega / omega.sum()
     groups = counts.reshape(20, 50).sum(1), expected.reshape(20, 50).sum(1)
     assert np.all(np.abs(groups[0] - groups[1]) < 5 * np.sqrt(groups[1] + 1))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_as_sampling_weights_are_bounded_at_all_times(schedule):
+    """Also at times that are next to never drawn, where the drawn density is small too."""
+    for target, weighting in (("x0", "erd"), ("eps", "erd"), ("v", "min_snr"), ("eps", "p2")):
+        for sampler in TIME_SAMPLERS:
+            process = Process(schedule, target, weighting, time_sampler=sampler, as_sampling=True)
+            w = process.coefficients(legal_times(process)).w
+            assert w.max() < 1.1 * process.coefficients(drawn(process, 1001)).w.mean().clamp(min=1)
 
 
 def test_as_sampling_lowers_the_variance():

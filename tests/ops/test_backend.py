@@ -1,0 +1,73 @@
+"""Choosing a back end, and the Triton back end behind the public ops (in the interpreter where there is no GPU)."""
+
+import pytest
+import torch
+
+from erdfast.ops import BACKENDS, Moments, NoiseKey, add_noise, backend, diffusion_loss
+from erdfast.ops.diffusion_loss import _diffusion_loss
+from tests.ops.conftest import make_coefficients, make_key
+from tests.ops.test_diffusion_loss import compare, run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_the_fastest_back_end_of_a_cpu_is_compiled() -> None:
+    assert backend.resolve_backend(None, torch.device("cpu"), torch.float32) == "cpu"
+    assert backend.resolve_backend(None, torch.device("cpu"), torch.float64) == "reference"
+    assert backend.resolve_backend(None, torch.device("meta"), torch.float32) == "reference"
+
+
+def test_a_missing_extension_warns_once_or_raises(monkeypatch) -> None:
+    monkeypatch.setattr(backend, "load_extension", lambda: "the extension is missing")
+    backend._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"slow reference on cpu: the extension is missing"):
+        assert backend.resolve_backend(None, torch.device("cpu"), torch.float32) == "reference"
+    with pytest.raises(ValueError, match="'cpu' is not available here: the extension is missing"):
+        backend.resolve_backend("cpu", torch.device("cpu"), torch.float32)
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ValueError, match=", ".join(BACKENDS)):
+        backend.resolve_backend("cuda", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2, 5, 7), (2, 3, 40, 41)], ids=str)
+def test_triton_matches_float64(shape) -> None:
+    pred, x0 = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
+    coef, key = make_coefficients(shape[0], DEVICE), make_key(shape[0], DEVICE)
+    wanted = run(pred.double(), x0.double(), coef.double(), key, "reference", scale=7.0)
+    compare(run(pred, x0, coef, key, "triton", scale=7.0), wanted, torch.float32)
+    x_t = add_noise(x0, coef, key, backend="triton")
+    torch.testing.assert_close(x_t.double(), add_noise(x0.double(), coef.double(), key), rtol=2e-6, atol=2e-6)
+
+
+def test_triton_samples_moments() -> None:
+    pred, moments = torch.randn(3, 4, 5, 7, device=DEVICE), Moments(torch.rand(3, 8, 5, 7, device=DEVICE), 0.18215)
+    coef, key = make_coefficients(3, DEVICE), make_key(3, DEVICE)
+    wanted = run(pred.double(), Moments(moments.tensor.double(), 0.18215), coef.double(), key, "reference")
+    compare(run(pred, moments, coef, key, "triton"), wanted, torch.float32)
+
+
+def test_triton_float16_keeps_scaled_gradients() -> None:
+    pred, x0 = torch.randn(2, 3, 30, 31, device=DEVICE).half(), torch.randn(2, 3, 30, 31, device=DEVICE).half()
+    coef, key = make_coefficients(2, DEVICE), make_key(2, DEVICE)
+    tiny = coef._replace(w=coef.w * 1e-5)  # as a batch of 25 million elements would have it
+    wanted = run(pred.double(), x0.double(), tiny.double(), key, "reference", scale=65536.0)
+    compare(run(pred, x0, tiny, key, "triton", scale=65536.0), wanted, torch.float16)
+
+
+def test_triton_passes_opcheck_and_compiles_whole() -> None:
+    coef, ids, scalar = make_coefficients(3, DEVICE), torch.arange(3, device=DEVICE), torch.tensor(5, device=DEVICE)
+    pred = torch.randn(3, 2, 5, device=DEVICE, requires_grad=True)
+    x0 = torch.randn(3, 2, 5, device=DEVICE)
+    graded = coef.with_grad()
+    torch.library.opcheck(_diffusion_loss, (pred, x0, *graded[2:], None, scalar, scalar, ids, None, True, "triton"))
+
+    def loss(pred, stream):
+        return diffusion_loss(pred * 2, x0, coef, NoiseKey(scalar, stream, ids), backend="triton")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (wanted,) = torch.autograd.grad(loss(pred, scalar), pred)
+    (got,) = torch.autograd.grad(compiled(pred, scalar), pred)
+    torch.testing.assert_close(got, wanted)
