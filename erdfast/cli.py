@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,16 +23,38 @@ _FREE_ON_RESUME = {"steps", "resume", "dry_run", "log_every", "checkpoint_every"
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None, default: Config | None = None) -> Config:
-    """Options from the command line, by the docstrings of a dataclass; flags carry no group prefix."""
+    """Options from the command line, by the docstrings of a dataclass; flags carry no group prefix.
+
+    Raises:
+        ValueError: an unknown flag, a missing one, or a value of the wrong type.
+        SystemExit: with code 0 after `--help`.
+    """
     import tyro
 
-    return tyro.cli(
-        config_type,
-        args=list(sys.argv[1:] if argv is None else argv),
-        prog=f"python -m erdfast.{config_type.__name__.removesuffix('Config').lower()}",
-        config=(tyro.conf.OmitArgPrefixes,),
-        default=tyro.MISSING_NONPROP if default is None else default,
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                config_type,
+                args=list(sys.argv[1:] if argv is None else argv),
+                prog=f"python -m erdfast.{config_type.__name__.removesuffix('Config').lower()}",
+                config=(tyro.conf.OmitArgPrefixes,),
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message without title, frame, colours and the pointer to --help, which is the same for all."""
+    _, *lines = (line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).strip().splitlines() or [""])
+    # Rules part the sections; where the terminal cannot show lines they are made of hyphens.
+    text = " ".join("\n" if line and set(line) <= set("─-╰╯") else line for line in lines)
+    sections = [" ".join(part.split()) for part in text.split("\n")]
+    kept = [part for part in sections if part and not part.startswith(("For full helptext", "Argument helptext"))]
+    return "; ".join(kept) or " ".join(box.split())
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -197,6 +198,7 @@ class TrainConfig:
             betas = tuple(values["optimizer"].betas)
             values["optimizer"] = dataclasses.replace(values["optimizer"], betas=betas)
             config = cls(**values)
+            config.validate()  # a file that was edited by hand
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{origin} does not hold the options of a training run ({error})") from error
         return config
@@ -231,6 +233,14 @@ class SampleConfig:
     precision: Precision = "auto"
     """Of the network; the sampler's state is float32."""
 
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range."""
+        _require("num", self.num, self.num >= 1, "at least 1")
+        _require("cfg_scale", self.cfg_scale, self.cfg_scale >= 0, "at least 0 (1 is none)")
+        low, high = self.interval
+        _require("interval", self.interval, 0 <= low <= high <= 1, "two numbers in [0, 1] in order")
+        _require_sampling(self.steps, self.seed, self.batch_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -247,7 +257,19 @@ class EvaluateConfig:
     precision: Precision = "auto"
     """Of the network; the sampler's state is float32."""
 
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range."""
+        _require_sampling(self.steps, self.seed, self.batch_size)
+
+
+def _require_sampling(steps: int, seed: int, batch_size: int) -> None:
+    _require("steps", steps, steps >= 1, "at least 1")
+    _require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2^63")
+    _require("batch_size", batch_size, batch_size >= 1, "at least 1")
+
 
 def _require(name: str, value: Any, condition: bool, rule: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number, {rule}")
     if not condition:
         raise ValueError(f"{name} is {value}; it must be {rule}")

@@ -20,6 +20,7 @@ from erdfast.sampling import sample
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run; returns the exit code."""
     config = cli.parse(EvaluateConfig, argv)
+    config.validate()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = open_run(config.run, config.precision, device)
     if run.config.data != "digits":

@@ -19,6 +19,7 @@ SUFFIXES = (".png", ".npz")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run; returns the exit code."""
     config = cli.parse(SampleConfig, argv)
+    config.validate()
     out = config.out or config.run / "samples.png"
     if out.suffix not in SUFFIXES:
         raise ValueError(f"--out {out} must end in {' or '.join(SUFFIXES)}")
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = default_labels(config.num, run.model.num_classes, config.classes or None)
     elif config.classes:
         raise ValueError(f"--classes {config.classes}: {config.run} was trained without labels")
-    with tqdm(total=config.num, unit="image", desc=f"{run.config.model}, step {run.step:,}") as bar:
+    out.parent.mkdir(parents=True, exist_ok=True)  # an impossible --out is noticed before the work, not after it
+    # The delay keeps the bar from being drawn when `sample` refuses an argument at once.
+    with tqdm(total=config.num, unit="image", desc=f"{run.config.model}, step {run.step:,}", delay=0.2) as bar:
 
         def advance(done: int, _total: int) -> None:
             bar.update(done - bar.n)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         print(dry_run(config))
         return 0
-    from erdfast.training.run_directory import create_run_directory
+    from erdfast.training.run_directory import create_run_directory, save_run_config
     from erdfast.training.trainer import Trainer
 
     if config.resume is None:
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = Trainer(config, dataset, run, device)
     if config.resume is not None:
         trainer.restore()
+        if trainer.step > config.steps:
+            raise ValueError(f"{run} is at step {trainer.step:,} already; --steps {config.steps:,} cannot undo that")
+        save_run_config(run, config)
         print(f"resuming {run} at step {trainer.step:,} of {config.steps:,}")
     signal = trainer.train()
     if signal is not None:

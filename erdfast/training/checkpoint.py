@@ -11,6 +11,7 @@ checkpoints whole, and a folder without the temporary name is complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -54,9 +55,10 @@ def save_checkpoint(
     Raises:
         OSError: it cannot be written; nothing of it remains, and older checkpoints are untouched.
     """
-    target, temporary = folder / f"{step:08d}", folder / f".{step:08d}.partial"
+    target, temporary = folder / f"{step:08d}", _temporary(folder, step)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(".*.partial"):  # by a crash
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir()
         _save_tensors(temporary / "model.safetensors", model, metadata)
@@ -66,7 +68,7 @@ def save_checkpoint(
         for name in _FILES:
             _sync(temporary / name)
         _sync(temporary)
-        if target.exists():  # the same step again, after a resume: equal contents
+        if target.exists():  # damaged: a complete one would have been resumed from
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(folder)
@@ -74,8 +76,20 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in complete_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under a temporary name first, so that a crash leaves no half of it under its own."""
+    doomed = _temporary(checkpoint.parent, int(checkpoint.name))
+    with contextlib.suppress(OSError):  # one checkpoint too many does no harm
+        checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f".{step:08d}.partial"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -100,7 +114,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
     if not isinstance(numbers, dict) or numbers.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} is not of format {FORMAT}: {path / 'state.json'}")
-    return Checkpoint(int(numbers["step"]), tensors, model, numbers)
+    step = numbers.get("step")
+    if not isinstance(step, int) or step != int(path.name):
+        raise ValueError(f"checkpoint {path} says that it is of step {step!r}: {path / 'state.json'}")
+    return Checkpoint(step, tensors, model, numbers)
 
 
 def newest_checkpoint(run: Path) -> Path:

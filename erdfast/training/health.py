@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from .step import StepResult
+
+ADVICE = (
+    "Try a lower --lr, --grad-clip 1, --warmup-steps 1000, a bounded --weighting such as erd or min_snr, "
+    "or --precision fp32"
+)
 
 
 class NonFiniteError(ArithmeticError):
@@ -43,8 +49,11 @@ class Health:
         self._loss.zero_()
         return total / max(count, 1)
 
-    def check(self, newest_checkpoint: str) -> None:
+    def check(self, newest_checkpoint: Callable[[], str]) -> None:
         """Raise if any loss so far was not finite; waits for the device.
+
+        Args:
+            newest_checkpoint: called if so, says from where the run could continue.
 
         Raises:
             NonFiniteError: with the step, the noise level and what to try.
@@ -54,6 +63,15 @@ class Health:
         step, logsnr, time = self._first.tolist()
         raise NonFiniteError(
             f"the loss is not finite at step {int(step) + 1:,} (log-SNR {logsnr:.2f}, time {time:.4g}); "
-            f"{newest_checkpoint}. Try a lower --lr, --grad-clip 1, --warmup-steps 1000, a bounded --weighting such as "
-            "erd or min_snr, or --precision fp32"
+            f"{newest_checkpoint()}. {ADVICE}"
         )
+
+
+def check_weights(weights: Iterable[Tensor], step: int, newest_checkpoint: Callable[[], str]) -> None:
+    """Raise if weights are not finite: the last update may have spoilt them after a loss that still was.
+
+    Raises:
+        NonFiniteError: with the step and what to try.
+    """
+    if not bool(torch.stack([torch.isfinite(weight).all() for weight in weights]).all()):
+        raise NonFiniteError(f"the weights are not finite after step {step:,}; {newest_checkpoint()}. {ADVICE}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import re
@@ -23,7 +24,7 @@ def create_run_directory(config: TrainConfig, parent: Path = Path("runs")) -> Pa
     """
     try:
         run = _next_numbered(parent, config) if config.out is None else _named(config.out)
-        write_text(run / "config.json", config.to_json())
+        save_run_config(run, config)
         write_text(run / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
     except OSError as error:
         where = parent if config.out is None else config.out
@@ -49,6 +50,11 @@ def _next_numbered(parent: Path, config: TrainConfig) -> Path:
         except FileExistsError:  # another process was faster
             continue
         return run
+
+
+def save_run_config(run: Path, config: TrainConfig) -> None:
+    """Write config.json: at the start, and when a run continues with options that may change (more steps)."""
+    write_text(run / "config.json", dataclasses.replace(config, resume=None, dry_run=False).to_json())
 
 
 def load_run_config(run: Path) -> TrainConfig:

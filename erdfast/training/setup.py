@@ -18,7 +18,8 @@ def open_data(config: TrainConfig) -> Dataset:
     network = presets.model_config(config.model)
     assert config.data is not None
     # A mixture can have any number of classes, so it takes the network's; files and digits have their own.
-    num_classes = network.num_classes if config.data.startswith("mixture") and network.num_classes else None
+    mixture = config.data == "mixture" or config.data.startswith("mixture:")  # "mixture.npz" is a file
+    num_classes = network.num_classes if mixture else None
     dataset = open_dataset(config.data, shape=network.input_shape, num_classes=num_classes, seed=config.seed)
     if len(dataset) < 1:
         raise ValueError(f"data {config.data} is empty")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from erdfast.process import Process
 
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, publish, save_checkpoint
 from .ema import Ema
-from .health import Health
+from .health import Health, check_weights
 from .interrupt import Interrupt
 from .metrics import LossByLogsnr, MetricsWriter, read_metrics
 from .optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
@@ -103,21 +105,22 @@ class Trainer:
         config = self.config
         with Interrupt() as interrupt, MetricsWriter(self.run / "metrics.jsonl", tensorboard=self._board()) as writer:
             writer.truncate_after(self.step)
+            self.speed.pause()
             with self._progress_bar() as bar:
                 while self.step < config.steps and interrupt.received is None:
                     grad_norm = self._train_step()
                     bar.update()
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         record = self._log(writer, grad_norm)
-                        bar.set_postfix_str(self.speed.describe(record))
+                        bar.set_postfix_str(self.speed.describe(record), refresh=False)
                     elif self.device.type == "cpu":
-                        self.health.check(self._newest())
+                        self.health.check(self._newest)
                     if self.step < config.steps:
                         self._maybe_preview()
                         if self.step % config.checkpoint_every == 0:
                             self._save_or_warn()
             if complete_step(self.run) != self.step:
-                self.health.check(self._newest())
+                self.health.check(self._newest)
                 self.save()
         return interrupt.received if self.step < config.steps else None
 
@@ -169,7 +172,7 @@ class Trainer:
 
     def _log(self, writer: MetricsWriter, grad_norm: Tensor | None) -> dict[str, Any]:
         """One line of metrics; the only place of a step where the host waits for the device."""
-        self.health.check(self._newest())
+        self.health.check(self._newest)
         losses, counts = self.loss_by_logsnr.read_and_reset()
         record: dict[str, Any] = {
             "step": self.step,
@@ -182,13 +185,15 @@ class Trainer:
             "count_by_logsnr": counts,
         }
         record |= {name: value.tolist() for name, value in self.process.target_values().items()}
-        writer.write(record)
+        with self._going_on("metrics.jsonl"):
+            writer.write(record)
         return record
 
     def _maybe_preview(self) -> None:
         every = self.config.preview.sample_every
         if every and self.step % every == 0 and self._affordable():
-            self.preview.save(self.run / "samples" / f"{self.step:08d}.png", self.preview.draw(self.ema_model))
+            with self._going_on("pictures"):
+                self.preview.save(self.run / "samples" / f"{self.step:08d}.png", self.preview.draw(self.ema_model))
             self.speed.pause()
 
     def _affordable(self) -> bool:
@@ -220,8 +225,10 @@ class Trainer:
         """Write a checkpoint of this moment.
 
         Raises:
+            NonFiniteError: the weights are not finite; older checkpoints are untouched.
             OSError: it cannot be written; older checkpoints are untouched.
         """
+        check_weights([*self.trained.parameters(), *self.ema.module.parameters()], self.step, self._newest)
         tensors = {f"weights/{name}": value for name, value in self.trained.state_dict().items()}
         optimizer = optimizer_tensors(self.optimizer, self.parameters)
         tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
@@ -240,12 +247,14 @@ class Trainer:
         return path
 
     def _save_or_warn(self) -> None:
-        self.health.check(self._newest())
+        self.health.check(self._newest)
         try:
             self.save()
         except OSError as error:
-            free = f"; training goes on, next try at step {self.step + self.config.checkpoint_every:,}"
-            self.say(f"checkpoint {self.step:,} could not be written: {error}{free}")
+            step = min(self.step + self.config.checkpoint_every, self.config.steps)
+            self.say(
+                f"checkpoint {self.step:,} could not be written: {error}; training goes on, next try at step {step:,}"
+            )
 
     def restore(self) -> None:
         """Continue from the newest complete checkpoint of the run directory.
@@ -255,30 +264,39 @@ class Trainer:
         """
         path = newest_checkpoint(self.run)
         checkpoint = load_checkpoint(path)
-        self._check_names(checkpoint, path)
-        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "ema": {}}
-        for name, value in checkpoint.tensors.items():
-            group, _, rest = name.partition("/")
-            groups[group][rest] = value
+        groups = self._groups(checkpoint)
+        self._check_shapes(groups, path)
         self.trained.load_state_dict(groups["weights"])
-        averages = {f"model.{name}": value for name, value in checkpoint.model.items()}
-        averages |= {name.replace("/", "."): value for name, value in groups["ema"].items()}
-        self.ema.module.load_state_dict(averages)
+        self.ema.module.load_state_dict(groups["ema"])
         load_optimizer_tensors(self.optimizer, self.parameters, groups["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint.numbers["scaler"])
         self.step = checkpoint.step
 
-    def _check_names(self, checkpoint: Checkpoint, path: Path) -> None:
-        wanted = {f"weights/{name}": value.shape for name, value in self.trained.state_dict().items()}
-        found = {n: v.shape for n, v in checkpoint.tensors.items() if n.startswith("weights/")}
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        if wrong:
-            name = wrong[0]
-            raise ValueError(
-                f"checkpoint {path} is not of {self.config.model}: {len(wrong)} tensors differ, such as "
-                f"{name.removeprefix('weights/')} (here {_shape(wanted.get(name))}, there {_shape(found.get(name))})"
-            )
+    @staticmethod
+    def _groups(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+        """Weights and averages as in `trained.state_dict()`, and the optimiser's tensors; unknown ones are left out."""
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "ema": {}}
+        for name, value in checkpoint.tensors.items():
+            group, _, rest = name.partition("/")
+            if group in groups:
+                groups[group][rest.replace("/", ".") if group == "ema" else rest] = value
+        groups["ema"] |= {f"model.{name}": value for name, value in checkpoint.model.items()}
+        return groups
+
+    def _check_shapes(self, groups: dict[str, dict[str, Tensor]], path: Path) -> None:
+        weights = {name: value.shape for name, value in self.trained.state_dict().items()}
+        moments = {f"{n}/{m}": p.shape for n, p in self.parameters.items() for m in ("exp_avg", "exp_avg_sq")}
+        moments |= {f"{name}/step": torch.Size() for name in self.parameters}
+        for group, wanted in {"weights": weights, "ema": weights, "optimizer": moments}.items():
+            found = {name: value.shape for name, value in groups[group].items()}
+            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            if wrong:
+                name = wrong[0]
+                raise ValueError(
+                    f"checkpoint {path} is not of {self.config.model}: {len(wrong)} tensors of {group} differ, such as "
+                    f"{name} (here {_shape(wanted.get(name))}, there {_shape(found.get(name))})"
+                )
 
     def _newest(self) -> str:
         step = complete_step(self.run)
@@ -298,6 +316,14 @@ class Trainer:
 
     def _board(self) -> Path | None:
         return self.run / "tensorboard" if self.config.tensorboard else None
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """A full disk must not end a run for the sake of a log line or a picture."""
+        try:
+            yield
+        except OSError as error:
+            self._say_once(f"{what} could not be written: {error}; training goes on")
 
     def _say_once(self, line: str) -> None:
         if line.partition(":")[0] not in self._warned:

@@ -74,7 +74,7 @@ def saved_bytes(model, batch, autocast):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["uvit_digits", "dit_digits", "uvit_tiny"])
 def test_activation_estimate_against_what_autograd_keeps(name, precision):
-    model = build_model(name)
+    model = build_model(name, attention="flash")  # the estimate is for kernels that keep no logits
     autocast = precision == "bf16"
     per_image = (saved_bytes(model, 12, autocast) - saved_bytes(model, 4, autocast)) / 8
     assert training_memory(model.config, 1, precision).activations == pytest.approx(per_image, rel=0.08)

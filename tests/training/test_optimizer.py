@@ -1,0 +1,93 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from erdfast.config import OptimizerConfig
+from erdfast.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+
+
+def test_warm_up_then_constant():
+    config = OptimizerConfig(lr=2.0, warmup_steps=4)
+    assert [learning_rate(config, step, 100) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert learning_rate(OptimizerConfig(lr=2.0), 0, 100) == 2.0
+
+
+def test_cosine_falls_from_the_end_of_the_warm_up_to_zero():
+    config = OptimizerConfig(lr=2.0, warmup_steps=10, lr_schedule="cosine")
+    rates = [learning_rate(config, step, 110) for step in range(111)]
+    assert rates[9] == rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[35] == pytest.approx(1 + math.sqrt(0.5))
+    assert rates[110] == 0.0
+    assert all(0 < later < earlier for earlier, later in zip(rates[10:-1], rates[11:-1], strict=False))
+
+
+@pytest.mark.parametrize("warmup", [0, 5, 50])
+def test_rates_are_always_finite_and_positive_before_the_end(warmup):
+    config = OptimizerConfig(lr=1.0, warmup_steps=warmup, lr_schedule="cosine")
+    assert all(0 < learning_rate(config, step, 5) <= 1 for step in range(5))
+    assert learning_rate(config, 7, 5) >= 0  # beyond the end
+
+
+def quadratic(parameters, target):
+    return sum(((p - t) ** 2).sum() for p, t in zip(parameters.values(), target, strict=True))
+
+
+def test_steps_are_those_of_adamw_in_float64():
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=0.05, betas=(0.8, 0.95), adam_eps=1e-6, weight_decay=0.1)
+    parameters = {"a": nn.Parameter(torch.randn(3, 4)), "b": nn.Parameter(torch.randn(5))}
+    target = [torch.randn(3, 4), torch.randn(5)]
+    reference = {name: value.detach().double() for name, value in parameters.items()}
+    first = {name: torch.zeros_like(value) for name, value in reference.items()}
+    second = {name: torch.zeros_like(value) for name, value in reference.items()}
+    optimizer = build_optimizer(parameters, config)
+    for step in range(1, 21):
+        optimizer.zero_grad()
+        quadratic(parameters, target).backward()
+        optimizer.step()
+        for (name, value), goal in zip(reference.items(), target, strict=True):
+            gradient = 2 * (value - goal.double())
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.95 * second[name] + 0.05 * gradient**2
+            update = first[name] / (1 - 0.8**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-6)
+            reference[name] = value * (1 - 0.05 * 0.1) - 0.05 * update
+    for name, value in parameters.items():
+        torch.testing.assert_close(value.detach().double(), reference[name], rtol=1e-4, atol=1e-4)
+
+
+def test_state_goes_around_as_tensors():
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=0.1)
+    target = [torch.randn(3), torch.randn(2)]
+
+    def fresh():
+        torch.manual_seed(1)
+        parameters = {"block.a": nn.Parameter(torch.randn(3)), "b": nn.Parameter(torch.randn(2))}
+        return parameters, build_optimizer(parameters, config)
+
+    def steps(parameters, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            quadratic(parameters, target).backward()
+            optimizer.step()
+
+    parameters, optimizer = fresh()
+    assert optimizer_tensors(optimizer, parameters) == {}
+    steps(parameters, optimizer, 3)
+    saved = {name: value.clone() for name, value in optimizer_tensors(optimizer, parameters).items()}
+    moments = ("exp_avg", "exp_avg_sq", "step")
+    assert sorted(saved) == sorted(f"{name}/{moment}" for name in ("block.a", "b") for moment in moments)
+    halfway = {name: value.detach().clone() for name, value in parameters.items()}
+    steps(parameters, optimizer, 3)
+
+    again, other = fresh()
+    for name, value in halfway.items():
+        again[name].data.copy_(value)
+    load_optimizer_tensors(other, again, saved)
+    before = {name: value.clone() for name, value in saved.items()}
+    steps(again, other, 3)
+    assert all(torch.equal(again[name], parameters[name]) for name in parameters)
+    assert all(torch.equal(saved[name], before[name]) for name in saved)  # what was loaded is not shared
