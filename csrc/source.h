@@ -8,6 +8,7 @@
 namespace erdfast::ERDFAST_ARCH {
 
 constexpr uint64_t POSTERIOR_DOMAIN = 0x5851F42D4C957F2Dull;  // erdfast.philox.DOMAINS["posterior"]
+constexpr int64_t SERIAL_ELEMENTS = 16384;  // 25 microseconds of work: waking a second thread costs as much
 constexpr int64_t LANES_PER_TASK = 1024;  // 4096 elements: 16 KB of fp32 an array, many tasks for every thread
 
 // Offset and count of part j of the block that starts at lane q.
@@ -67,12 +68,16 @@ inline int64_t tasks_per_sample(const Layout& layout) {
 template <class Visit>
 inline void for_each_task(const Source& source, const Layout& layout, Visit visit) {
   const int64_t per_sample = tasks_per_sample(layout), tasks = source.batch * per_sample;
-  const int threads = static_cast<int>(std::min<int64_t>(std::max(source.threads, 1), std::max<int64_t>(tasks, 1)));
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t task = 0; task < tasks; ++task) {
+  const auto run = [&](int64_t task) {
     const int64_t begin = task % per_sample * LANES_PER_TASK;
     visit(task, task / per_sample, begin, std::min(begin + LANES_PER_TASK, layout.quarter));
+  };
+  if (source.threads < 2 || source.batch * source.numel < SERIAL_ELEMENTS) {
+    for (int64_t task = 0; task < tasks; ++task) run(task);
+    return;
   }
+#pragma omp parallel for schedule(static) num_threads(source.threads)
+  for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 
 }  // namespace erdfast::ERDFAST_ARCH

@@ -155,8 +155,8 @@ class TrainConfig:
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
     """How many checkpoints to keep."""
-    tensorboard: bool = False
-    """Write TensorBoard logs too (extra: logging)."""
+    tensorboard: bool = True
+    """Write TensorBoard logs too, where TensorBoard is installed (extra: logging)."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -12,7 +12,7 @@ from erdfast.models import Backbone, BackboneConfig, DiTConfig, UViTConfig
 # fmt: off
 MODELS: dict[str, BackboneConfig] = {
     # Latents (4, 32, 32) of 256-pixel images, 1000 classes.                           parameters  GFLOP/image
-    "uvit_s2":     UViTConfig(depth=13, width=512,  num_heads=8),                     #  44,772,516    73
+    "uvit_s2":     UViTConfig(depth=13, width=512,  num_heads=8),                     #  44,772,516    74
     "uvit_m2":     UViTConfig(depth=17, width=768,  num_heads=12),                    # 130,891,940   211
     "uvit_l2":     UViTConfig(depth=21, width=1024, num_heads=16),                    # 286,763,172   459
     "uvit_h2":     UViTConfig(depth=29, width=1152, num_heads=16),                    # 500,832,164   799

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,5 +50,6 @@ def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
         model.load_state_dict(checkpoint.model)
         process.load_state_dict(learnt)
     except RuntimeError as error:
-        raise ValueError(f"{newest_checkpoint(run)} does not fit {run / 'config.json'}: {error}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # PyTorch lists every name
+        raise ValueError(f"{newest_checkpoint(run)} does not fit {run / 'config.json'}: {reason}") from error
     return PublishedRun(config, checkpoint.step, dataset, model.to(device).eval(), process.to(device), policy)

@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = default_labels(config.num, run.model.num_classes, config.classes or None)
     elif config.classes:
         raise ValueError(f"--classes {config.classes}: {config.run} was trained without labels")
-    out.parent.mkdir(parents=True, exist_ok=True)  # an impossible --out is noticed before the work, not after it
+    try:  # an impossible --out is noticed before the work, not after it
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
     # The delay keeps the bar from being drawn when `sample` refuses an argument at once.
     with tqdm(total=config.num, unit="image", desc=f"{run.config.model}, step {run.step:,}", delay=0.2) as bar:
 

@@ -23,13 +23,19 @@ from erdfast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 
-TINY = "--model uvit_tiny --data mixture:4x8x8 --batch-size 8 --precision fp32 --sample-every 0".split()
+
+def words(line: str) -> list[str]:
+    """Arguments as they would be typed, without quotes."""
+    return line.split()
+
+
+TINY = words("--model uvit_tiny --data mixture:4x8x8 --batch-size 8 --precision fp32 --sample-every 0 --no-tensorboard")
 """Options of a run whose step takes milliseconds."""
 
 
 def tiny_config(**options) -> TrainConfig:
     """The same as options; any may be replaced by name."""
-    own = {"data": "mixture:4x8x8", "batch_size": 8, "precision": "fp32", "sample_every": 0}
+    own = {"data": "mixture:4x8x8", "batch_size": 8, "precision": "fp32", "sample_every": 0, "tensorboard": False}
     recipe = presets.recipe("tiny_dit" if options.get("model") == "dit_tiny" else "tiny_uvit")
     return cli.with_options(TrainConfig(), recipe | own | options)
 

@@ -11,7 +11,7 @@ from erdfast import cli, presets, train
 from erdfast.cli import parse, parse_train
 from erdfast.config import EvaluateConfig, SampleConfig, TrainConfig
 from erdfast.training.run_directory import create_run_directory, load_run_config
-from tests.runs import refused, tiny_config
+from tests.runs import refused, tiny_config, words
 
 COUNTS = {
     "uvit_s2": 44_772_516,
@@ -39,7 +39,7 @@ def test_a_model_brings_its_recipe():
 
 
 def test_a_recipe_brings_its_model_and_the_command_line_wins():
-    arguments = "--recipe erd_dit_b2 --model dit_s2 --lr 3e-4 --weighting min_snr --gamma 5 --betas 0.9 0.95".split()
+    arguments = words("--recipe erd_dit_b2 --model dit_s2 --lr 3e-4 --weighting min_snr --gamma 5 --betas 0.9 0.95")
     options = parse_train(arguments)
     assert (options.recipe, options.model) == ("erd_dit_b2", "dit_s2")
     assert (options.optimizer.lr, options.optimizer.betas) == (3e-4, (0.9, 0.95))
@@ -49,19 +49,19 @@ def test_a_recipe_brings_its_model_and_the_command_line_wins():
 
 
 def test_order_and_spelling_do_not_matter():
-    first = parse_train(["--steps", "7", "--model", "dit_tiny", "--batch-size", "4"])
-    assert parse_train(["--batch_size", "4", "--model", "dit_tiny", "--steps", "7"]) == first
+    first = parse_train(words("--steps 7 --model dit_tiny --batch-size 4"))
+    assert parse_train(words("--batch_size 4 --model dit_tiny --steps 7")) == first
 
 
 def test_arguments_come_from_the_command_line_by_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "--model", "uvit_tiny", "--steps", "3"])
     assert parse_train().steps == 3
-    monkeypatch.setattr(sys, "argv", ["sample", "--run", "a", "--classes", "3", "1"])
+    monkeypatch.setattr(sys, "argv", words("sample --run a --classes 3 1"))
     assert parse(SampleConfig, None) == SampleConfig(run=Path("a"), classes=(3, 1))
 
 
 def test_switches():
-    options = parse_train(["--stratified", "--as-sampling", "--normalize", "False", "--model", "uvit_tiny"])
+    options = parse_train(words("--stratified --as-sampling --normalize False --model uvit_tiny"))
     assert (options.process.stratified, options.process.as_sampling, options.process.normalize) == (True, True, False)
     assert not parse_train(["--no-stratified"]).process.stratified
 
@@ -107,7 +107,7 @@ def test_what_is_kept_for_resuming_does_not_resume_or_dry_run(tmp_path):
 )
 def test_what_cannot_be_parsed_is_one_line(capsys, monkeypatch, arguments, parts):
     for framed in (False, True):  # tyro draws lines where the terminal has them
-        monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", framed)
+        monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", framed, raising=False)
         line = refused(capsys, train.main, arguments)
         assert all(part in line for part in parts), line
         assert not re.search(r"[│─╭╯]|--- |\x1b|For full helptext|Unrecognized options *;", line), line

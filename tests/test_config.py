@@ -99,7 +99,9 @@ def test_json_round_trip(name):
     ],
 )
 def test_other_json_is_refused(text, part):
-    with pytest.raises(ValueError, match=r"run/config\.json does not hold the options of a training run \(.*\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"run/config\.json does not hold the options of a training run \(.*\)"
+    ) as caught:
         TrainConfig.from_json(text, "run/config.json")
     assert part in str(caught.value)
 

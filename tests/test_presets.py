@@ -20,7 +20,10 @@ def test_recipes_are_runs(name):
     config.validate()
     assert config.model in MODELS
     for key, value in recipe(name).items():
-        group = next((getattr(config, g) for g in ("process", "optimizer", "preview") if hasattr(getattr(config, g), key)), config)
+        group = next(
+            (getattr(config, g) for g in ("process", "optimizer", "preview") if hasattr(getattr(config, g), key)),
+            config,
+        )
         assert getattr(group, key) == value
 
 
@@ -29,9 +32,19 @@ def test_published_settings(name):
     config = cli.with_options(TrainConfig(), recipe(name))
     optimizer, process = config.optimizer, config.process
     assert name == f"erd_{config.model}"
-    assert (process.schedule, process.target, process.weighting, process.num_timesteps) == ("cosine", "eps", "erd", 1000)
+    assert (process.schedule, process.target, process.weighting, process.num_timesteps) == (
+        "cosine",
+        "eps",
+        "erd",
+        1000,
+    )
     assert (config.batch_size, config.steps, config.label_drop) == (256, 400_000, 0.1)
-    assert (optimizer.lr, optimizer.lr_schedule, optimizer.weight_decay, optimizer.warmup_steps) == (1e-4, "constant", 0, 0)
+    assert (optimizer.lr, optimizer.lr_schedule, optimizer.weight_decay, optimizer.warmup_steps) == (
+        1e-4,
+        "constant",
+        0,
+        0,
+    )
     assert (optimizer.ema_decay, optimizer.grad_clip) == (0.9999, 0)
     assert optimizer.betas == ((0.99, 0.99) if config.model.startswith("uvit") else (0.9, 0.999))
 
@@ -49,7 +62,9 @@ def test_a_recipe_is_a_copy():
 
 
 def test_unknown_names_list_the_choices():
-    with pytest.raises(ValueError, match=r"unknown recipe 'digit' \(did you mean 'digits'\?\); choose from erd_dit_s2, .*tiny_dit"):
+    with pytest.raises(
+        ValueError, match=r"unknown recipe 'digit' \(did you mean 'digits'\?\); choose from erd_dit_s2, .*tiny_dit"
+    ):
         recipe("digit")
     with pytest.raises(ValueError, match=r"unknown recipe 'zzz'; choose from"):
         recipe("zzz")

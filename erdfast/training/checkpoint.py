@@ -136,8 +136,12 @@ def publish(checkpoint: Path, run: Path) -> Path:
     """Put a checkpoint's averaged weights at the top of the run directory, atomically."""
     target, temporary = run / "model.safetensors", run / ".model.safetensors.partial"
     try:
-        shutil.copyfile(checkpoint / "model.safetensors", temporary)
-        _sync(temporary)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(checkpoint / "model.safetensors", temporary)  # no second copy on the disk
+        except OSError:  # a file system without hard links
+            shutil.copyfile(checkpoint / "model.safetensors", temporary)
+            _sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -148,6 +152,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path, metadata={"format": "pt", **metadata})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
     except SafetensorError as error:  # safetensors hides a full disk in an error of its own
         raise OSError(f"cannot write {path}: {error}") from error
 

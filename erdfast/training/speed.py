@@ -67,7 +67,12 @@ class Speedometer:
     def describe(self, record: dict[str, Any]) -> str:
         """For the progress bar: loss, images/s and, on a known GPU, MFU."""
         rate = record["images_per_s"]
-        text = f"loss {record['loss']:.4f}, {rate:,.0f} images/s"
+        text = f"loss {record['loss']:.4f}, {_short(rate)} images/s"
         if self.peak:
             text += f", MFU {100 * rate * self.flops_per_image / self.peak:.1f}%"
         return text
+
+
+def _short(rate: float) -> str:
+    """1,351 or 0.28."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

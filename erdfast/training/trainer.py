@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,7 +316,8 @@ class Trainer:
         )
 
     def _board(self) -> Path | None:
-        return self.run / "tensorboard" if self.config.tensorboard else None
+        installed = importlib.util.find_spec("tensorboard") is not None
+        return self.run / "tensorboard" if self.config.tensorboard and installed else None
 
     @contextlib.contextmanager
     def _going_on(self, what: str) -> Iterator[None]:

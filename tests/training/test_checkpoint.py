@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from erdfast.training import checkpoint
 from erdfast.training.checkpoint import (
@@ -76,7 +76,9 @@ def test_none_at_all(tmp_path):
         newest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.rename", "pathlib.Path.mkdir"])
+@pytest.mark.parametrize(
+    "failing", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.rename", "pathlib.Path.mkdir"]
+)
 def test_a_full_disk_leaves_the_older_ones(tmp_path, monkeypatch, failing):
     save(tmp_path, 1)
 
@@ -204,10 +206,21 @@ def test_publishing_replaces_atomically(tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            publish(path, run)
-    assert (run / "model.safetensors").read_bytes() == old
-    assert publish(path, run).read_bytes() == (path / "model.safetensors").read_bytes()
-    assert sorted(entry.name for entry in run.iterdir()) == ["checkpoints", "model.safetensors"]
+    for failing in (["os.replace"], ["os.link", "os.fsync"]):  # without hard links it is copied
+        with monkeypatch.context() as patch:
+            for name in failing:
+                patch.setattr(name, full)
+            with pytest.raises(OSError, match="No space"):
+                publish(path, run)
+        assert (run / "model.safetensors").read_bytes() == old
+    for failing in ([], ["os.link"]):
+        (run / ".model.safetensors.partial").write_text("left by a crash")
+        with monkeypatch.context() as patch:
+            for name in failing:
+                patch.setattr(name, full)
+            published = publish(path, run)
+        assert published.read_bytes() == (path / "model.safetensors").read_bytes()
+        assert published.stat().st_mode & 0o777 == 0o644
+        assert sorted(entry.name for entry in run.iterdir()) == ["checkpoints", "model.safetensors"]
+    shutil.rmtree(path)  # pruned later
+    assert load_file(published).keys() == {"a"}

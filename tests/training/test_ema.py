@@ -6,9 +6,9 @@ from erdfast.presets import build_model
 from erdfast.training.ema import Ema
 
 
-def small() -> nn.Module:
+def small() -> nn.Sequential:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    module[2].weight.requires_grad_(False)
+    module.get_parameter("2.weight").requires_grad_(False)
     return module
 
 
@@ -37,10 +37,10 @@ def test_averages_are_a_copy_that_is_not_trained():
     assert module.training
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
     with torch.no_grad():
-        module[0].weight.add_(1.0)
-    assert not torch.equal(module[0].weight, ema.module.get_parameter("0.weight"))
+        module.get_parameter("0.weight").add_(1.0)
+    assert not torch.equal(module.get_parameter("0.weight"), ema.module.get_parameter("0.weight"))
     ema.update()
-    torch.testing.assert_close(module[0].weight - 0.5, ema.module.get_parameter("0.weight"))
+    torch.testing.assert_close(module.get_parameter("0.weight") - 0.5, ema.module.get_parameter("0.weight"))
 
 
 def test_what_is_not_trained_stays_equal():

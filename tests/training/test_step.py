@@ -82,14 +82,19 @@ def test_gradients_reach_network_and_learnable_target():
     process, model = Process(schedule="flow", target="k", weighting="constant"), Affine()
     x, y, _ = data()
     step_of(model, process)(Batch(x, y), 0).loss.backward()
-    found = [float(model.factor.grad.sum()), float(next(process.parameters()).grad)]  # pyright: ignore[reportOptionalMemberAccess]  # it is there after backward
+    w_k = next(process.parameters())
+    found = [gradient(model.factor), gradient(w_k)]
 
     factor = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     process.zero_grad()
     labels = 0.01 * y.double()[:, None, None, None]
     reference(process, x.double(), torch.arange(BATCH), lambda x_t: factor * x_t + labels)[0].backward()
-    assert factor.grad is not None
-    assert found == pytest.approx([float(factor.grad), float(next(process.parameters()).grad)], rel=1e-4)  # pyright: ignore[reportArgumentType]  # as above
+    assert found == pytest.approx([gradient(factor), gradient(w_k)], rel=1e-4)
+
+
+def gradient(tensor: torch.Tensor) -> float:
+    assert tensor.grad is not None
+    return float(tensor.grad.sum())
 
 
 def test_parts_of_a_batch_are_the_batch():

@@ -1,6 +1,8 @@
 """The training loop on tiny networks: it learns, and is a function of its options and the seed."""
 
+import importlib.util
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +40,7 @@ class MomentsData(Dataset):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["uvit_tiny", "dit_tiny"])
 def test_the_loss_falls(tmp_path, model, precision):
-    trainer = tiny_trainer(
-        tmp_path, model=model, precision=precision, steps=60, log_every=15, lr=3e-3, stratified=True
-    )
+    trainer = tiny_trainer(tmp_path, model=model, precision=precision, steps=60, log_every=15, lr=3e-3, stratified=True)
     assert trainer.train() is None
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert len(losses) == 4
@@ -77,9 +77,9 @@ def test_a_run_is_a_function_of_options_and_seed(tmp_path):
 
 @pytest.mark.parametrize("option", [{"log_every": 1}, {"checkpoint_every": 1}, {"sample_every": 2, "sample_num": 2}])
 def test_watching_a_run_does_not_change_it(tmp_path, option):
-    quick = {"steps": 4, "sample_steps": 2}
+    quick: dict[str, Any] = {"steps": 4, "sample_steps": 2}
     tiny_trainer(tmp_path / "a", **quick).train()
-    tiny_trainer(tmp_path / "b", **quick, **option).train()
+    tiny_trainer(tmp_path / "b", **(quick | option)).train()
     assert_same_bits(all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b"))
 
 
@@ -147,7 +147,9 @@ def _scaled(batch: Batch) -> Batch:
 def test_hdf5_moments_from_a_file(tmp_path):
     h5py = pytest.importorskip("h5py")
     generator = torch.Generator().manual_seed(0)
-    moments = torch.cat([torch.randn(40, 4, 8, 8, generator=generator), torch.rand(40, 4, 8, 8, generator=generator)], 1)
+    moments = torch.cat(
+        [torch.randn(40, 4, 8, 8, generator=generator), torch.rand(40, 4, 8, 8, generator=generator)], 1
+    )
     with h5py.File(tmp_path / "latents.h5", "w") as file:
         file["train_latents"] = moments.numpy()
         file["train_labels"] = torch.arange(40).remainder(3).numpy()
@@ -259,7 +261,15 @@ def test_pictures_that_would_take_too_long_are_left_out_once(tmp_path):
 def test_tensorboard_files(tmp_path):
     pytest.importorskip("tensorboard")
     tiny_trainer(tmp_path, steps=2, log_every=1, tensorboard=True).train()
-    assert [path.name for path in (tmp_path / "tensorboard").iterdir()][0].startswith("events.out.tfevents")
+    assert next((tmp_path / "tensorboard").iterdir()).name.startswith("events.out.tfevents")
+
+
+def test_tensorboard_may_be_missing(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else found(name))
+    tiny_trainer(tmp_path, steps=2, log_every=1, tensorboard=True).train()
+    assert not (tmp_path / "tensorboard").exists()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_environment_and_options_are_kept(tmp_path):
@@ -282,7 +292,9 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         return poison()
 
     trainer._train_step = step
-    with pytest.raises(NonFiniteError, match=r"loss is not finite at step 4 \(log-SNR -?[\d.]+, time [\d.e+]+\); the newest"):
+    with pytest.raises(
+        NonFiniteError, match=r"loss is not finite at step 4 \(log-SNR -?[\d.]+, time [\d.e+]+\); the newest"
+    ):
         trainer.train()
     assert complete_step(tmp_path) == 3
     assert all(bool(torch.isfinite(value).all()) for value in all_tensors(tmp_path).values())
