@@ -114,7 +114,8 @@ def print_row(row: dict[str, Any], ceiling: float) -> None:
     eager, compiled = row["over_eager"], row["over_compile"]
     shape = "x".join(map(str, row["shape"]))
     print(
-        f"{shape:16} {row['dtype']:9} noise {row['noise']:5}  {row['fused_million_elements_per_s']:7,.0f} M elements/s  "
+        f"{shape:16} {row['dtype']:9} noise {row['noise']:5}  "
+        f"{row['fused_million_elements_per_s']:7,.0f} M elements/s  "
         f"{100e9 * row['fused_gb_per_s'] / ceiling:4.0f}% of the copy rate  "
         f"{eager['median']:5.1f}x eager ({eager['low']:.1f}-{eager['high']:.1f})  "
         f"{compiled['median']:5.1f}x compile ({compiled['low']:.1f}-{compiled['high']:.1f})"

@@ -1,7 +1,7 @@
 """Interleaved timing of several implementations of the same work, and where the results are kept.
 
-All sides run in one process, one call after the other in every round, on inputs that rotate so that no side profits from
-another's warm caches. A result names device, versions, date and commit, and is a ratio of medians with its spread.
+All sides run in one process, one call after the other in every round, on inputs that rotate so that no side profits
+from another's warm caches. A result names device, versions, date and commit, and is a ratio of medians with its spread.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
         q: (B, H, L, K), floating point; any strides.
         k, v: (B, H, M, K), dtype and device of q.
         backend: a name of ATTENTION_BACKENDS. `auto` lets PyTorch choose among its kernels (but see
-            SHORT_CPU_KEYS) and is the one that torch.compile sees as a plain call; `flash`, `efficient`, `cudnn` and `math` force one of
+            SHORT_CPU_KEYS); `flash`, `efficient`, `cudnn` and `math` force one of
             PyTorch's; `reference` is the formula above, with its softmax in float32 (float64 for float64
             inputs).
 

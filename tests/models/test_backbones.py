@@ -132,9 +132,7 @@ def test_initial_scales_are_the_published_ones(name):
     }[name]
     for key, scale in expected.items():
         assert state[key].square().mean().sqrt() == pytest.approx(scale, rel=0.1), key
-    linear_biases = [
-        value for key, value in state.items() if key.endswith(("fc1.bias", "fc2.bias", "attn.proj.bias"))
-    ]
+    linear_biases = [value for key, value in state.items() if key.endswith(("fc1.bias", "fc2.bias", "attn.proj.bias"))]
     assert len(linear_biases) == 9
     assert all(bias.abs().max() == 0 for bias in linear_biases)
 
@@ -185,9 +183,7 @@ def test_compiles_under_autocast(name):
 def test_blocks_for_sharding_are_all_blocks_in_order():
     dit, uvit = build_model("dit_tiny"), build_model("uvit_tiny", depth=5)
     assert dit.blocks_for_sharding() == [module for module in dit.modules() if isinstance(module, DiTBlock)]
-    assert uvit.blocks_for_sharding() == [
-        module for module in uvit.modules() if isinstance(module, UViTBlock)
-    ]
+    assert uvit.blocks_for_sharding() == [module for module in uvit.modules() if isinstance(module, UViTBlock)]
     assert len(uvit.blocks_for_sharding()) == 5
 
 

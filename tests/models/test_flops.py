@@ -31,9 +31,7 @@ def test_parameter_counts(name, count):
     assert parameter_count(MODELS[name]) == count
 
 
-@pytest.mark.parametrize(
-    ("name", "giga"), [("uvit_h2", 799), ("dit_xl2", 712), ("dit_l2", 484), ("dit_b2", 138)]
-)
+@pytest.mark.parametrize(("name", "giga"), [("uvit_h2", 799), ("dit_xl2", 712), ("dit_l2", 484), ("dit_b2", 138)])
 def test_training_flops_of_the_papers_networks(name, giga):
     assert training_flops(MODELS[name]) == pytest.approx(giga * 1e9, rel=0.01)
 

@@ -22,13 +22,9 @@ def test_learn_sigma_doubles_the_channels():
 
 
 def test_unknown_names_say_what_is_near():
-    with pytest.raises(
-        ValueError, match=r"'dit_x2' \(did you mean 'dit_xl2'\?\); choose from uvit_s2, .*dit_tiny"
-    ):
+    with pytest.raises(ValueError, match=r"'dit_x2' \(did you mean 'dit_xl2'\?\); choose from uvit_s2, .*dit_tiny"):
         build_model("dit_x2")
-    with pytest.raises(
-        ValueError, match=r"uvit_s2 has no field 'num_clases' \(did you mean 'num_classes'\?\)"
-    ):
+    with pytest.raises(ValueError, match=r"uvit_s2 has no field 'num_clases' \(did you mean 'num_classes'\?\)"):
         model_config("uvit_s2", num_clases=3)
     with pytest.raises(ValueError, match="dit_b2 has no field 'conv'"):
         model_config("dit_b2", conv=True)

@@ -12,9 +12,7 @@ from erdfast.presets import build_model
 
 def other_weights(name="uvit_tiny", **overrides):
     torch.manual_seed(1)
-    return {
-        key: torch.randn_like(value) for key, value in build_model(name, **overrides).state_dict().items()
-    }
+    return {key: torch.randn_like(value) for key, value in build_model(name, **overrides).state_dict().items()}
 
 
 def assert_loaded(model, state):
