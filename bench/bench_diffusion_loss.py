@@ -23,6 +23,8 @@ from erdfast.ops import NoiseKey, add_noise, diffusion_loss
 from erdfast.process import Coefficients, Process
 
 SHAPES = ((256, 4, 32, 32), (32, 3, 256, 256))
+WORK = ("add_noise", "loss", "both")
+"""`loss` is noise, loss and its gradient; `both` is all that a training step adds around its network."""
 ROTATION = 4
 """Sets of inputs that the rounds go through."""
 
@@ -49,61 +51,77 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list
     return sets
 
 
-def noise_and_loss_eager(x0: Tensor, pred: Tensor, noise: Tensor | None, coef: Coefficients) -> tuple[Tensor, Tensor]:
+def eager(
+    x0: Tensor, pred: Tensor, noise: Tensor | None, coef: Coefficients, work: str
+) -> tuple[Tensor | None, Tensor | None]:
     """(x_t, loss) as trainers write it; with given noise or drawing it."""
     shape = (-1, *[1] * (x0.dim() - 1))
     alpha, sigma, c_x, c_eps = (c.view(shape) for c in coef[:4])
     eps = torch.randn_like(x0) if noise is None else noise
-    x_t = alpha * x0 + sigma * eps
-    y = c_x * x0 + c_eps * eps
-    loss = (coef.w * (pred - y).square().flatten(1).mean(1)).mean()
+    x_t = loss = None
+    if work != "loss":
+        x_t = alpha * x0 + sigma * eps
+    if work != "add_noise":
+        y = c_x * x0 + c_eps * eps
+        loss = (coef.w * (pred - y).square().flatten(1).mean(1)).mean()
     return x_t, loss
 
 
-def sides(sets: list[Inputs], given_noise: bool) -> dict[str, Callable[[int], Any]]:
-    """The three implementations, each a function of the round."""
-    compiled = torch.compile(noise_and_loss_eager, dynamic=False)
+def fused(
+    x0: Tensor, pred: Tensor, source: dict[str, Any], coef: Coefficients, work: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same through the two ops."""
+    x_t = add_noise(x0, coef, **source) if work != "loss" else None
+    loss = diffusion_loss(pred, x0, coef, **source) if work != "add_noise" else None
+    return x_t, loss
 
-    def plain(function: Callable) -> Callable[[int], Any]:
+
+def sides(sets: list[Inputs], given_noise: bool, work: str) -> dict[str, Callable[[int], Any]]:
+    """The three implementations, each a function of the round; the loss comes with its backward pass."""
+    torch._dynamo.reset()  # each row compiles its own
+    compiled = torch.compile(eager, dynamic=False)
+
+    def side(function: Callable, is_fused: bool) -> Callable[[int], Any]:
         def call(i: int) -> Any:
-            x0, pred, noise, coef, _ = sets[i % ROTATION]
+            x0, pred, noise, coef, key = sets[i % ROTATION]
             leaf = pred.detach().requires_grad_()
-            x_t, loss = function(x0, leaf, noise if given_noise else None, coef)
-            loss.backward()
+            source: Any = noise if given_noise else None
+            if is_fused:
+                source = {"noise": noise} if given_noise else {"key": key}
+            x_t, loss = function(x0, leaf, source, coef, work)
+            if loss is not None:
+                loss.backward()
             return x_t, leaf.grad
 
         return call
 
-    def fused(i: int) -> Any:
-        x0, pred, noise, coef, key = sets[i % ROTATION]
-        leaf = pred.detach().requires_grad_()
-        source = {"noise": noise} if given_noise else {"key": key}
-        x_t = add_noise(x0, coef, **source)
-        diffusion_loss(leaf, x0, coef, **source).backward()
-        return x_t, leaf.grad
-
-    return {"eager": plain(noise_and_loss_eager), "compile": plain(compiled), "fused": fused}
+    return {"eager": side(eager, False), "compile": side(compiled, False), "fused": side(fused, True)}
 
 
-def bytes_moved(x0: Tensor, given_noise: bool) -> int:
+def bytes_moved(x0: Tensor, given_noise: bool, work: str) -> int:
     """The least traffic: add_noise reads x0 and writes x_t, the loss reads pred and x0 and writes the gradient."""
-    return x0.numel() * x0.element_size() * (5 + (2 if given_noise else 0))
+    arrays = {"add_noise": 2, "loss": 3, "both": 5}[work]
+    draws = {"add_noise": 1, "loss": 1, "both": 2}[work]
+    return x0.numel() * x0.element_size() * (arrays + (draws if given_noise else 0))
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, given_noise: bool, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, given_noise: bool, work: str, rounds: int
+) -> dict[str, Any]:
     """One row of the table."""
     sets = make_inputs(shape, dtype, device)
-    timings = interleave(sides(sets, given_noise), rounds)
+    timings = interleave(sides(sets, given_noise, work), rounds)
     fused = timings["fused"]
     numel = sets[0].x0.numel()
     return {
         "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
+        "work": work,
         "noise": "given" if given_noise else "drawn",
         "timings": as_dict(timings),
         "spread": spread(list(timings.values())),
         "fused_million_elements_per_s": numel / fused.p50_ms / 1e3,
-        "fused_gb_per_s": bytes_moved(sets[0].x0, given_noise) / fused.p50_ms / 1e6,
+        "fused_gb_per_s": bytes_moved(sets[0].x0, given_noise, work) / fused.p50_ms / 1e6,
         "over_eager": ratio(timings["eager"], fused),
         "over_compile": ratio(timings["compile"], fused),
     }
@@ -114,7 +132,7 @@ def print_row(row: dict[str, Any], ceiling: float) -> None:
     eager, compiled = row["over_eager"], row["over_compile"]
     shape = "x".join(map(str, row["shape"]))
     print(
-        f"{shape:16} {row['dtype']:9} noise {row['noise']:5}  "
+        f"{row['work']:9} {shape:13} {row['dtype']:8} noise {row['noise']:5} "
         f"{row['fused_million_elements_per_s']:7,.0f} M elements/s  "
         f"{100e9 * row['fused_gb_per_s'] / ceiling:4.0f}% of the copy rate  "
         f"{eager['median']:5.1f}x eager ({eager['low']:.1f}-{eager['high']:.1f})  "
@@ -127,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31, help="timed calls of each side")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK, help="which parts")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,8 +154,8 @@ def main() -> None:
     rows = []
     for shape in SHAPES:
         for dtype in options.dtypes:
-            for given_noise in (False, True):
-                row = measure(shape, getattr(torch, dtype), device, given_noise, options.rounds)
+            for given_noise, work in [(given, work) for given in (False, True) for work in options.work]:
+                row = measure(shape, getattr(torch, dtype), device, given_noise, work, options.rounds)
                 row["copy_gb_per_s"] = ceiling / 1e9
                 print_row(row, ceiling)
                 rows.append(row)

@@ -57,6 +57,13 @@ inline void load(const Array& array, int64_t offset, int count, float* __restric
   }
 }
 
+// The same elements where they are, if they are whole float32 lanes; else as `load` puts them into `buffer`.
+inline const float* view(const Array& array, int64_t offset, int count, float* __restrict buffer) {
+  if (array.dtype == Dtype::fp32 && count >= LANES) return static_cast<const float*>(array.data) + offset;
+  load(array, offset, count, buffer);
+  return buffer;
+}
+
 inline void store(const Array& array, int64_t offset, int count, const float* __restrict in) {
   const int n = std::min(count, LANES);
   if (array.dtype == Dtype::fp32) {
@@ -78,6 +85,16 @@ inline void store(const Array& array, int64_t offset, int count, const float* __
     for (int i = 0; i < LANES; ++i) converted[i] = float_to_half(in[i]);
   }
   if (n > 0) std::memcpy(static_cast<uint16_t*>(array.data) + offset, converted, sizeof(uint16_t) * n);
+}
+
+// Where LANES results may be written: straight into the array if they fit there, else into `buffer`, for `finish`.
+inline float* target(const Array& array, int64_t offset, int count, float* buffer) {
+  const bool direct = array.data && array.dtype == Dtype::fp32 && count >= LANES;
+  return direct ? static_cast<float*>(array.data) + offset : buffer;
+}
+
+inline void finish(const Array& array, int64_t offset, int count, const float* written, const float* buffer) {
+  if (array.data && written == buffer) store(array, offset, count, buffer);
 }
 
 }  // namespace erdfast::ERDFAST_ARCH

@@ -2,7 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <string>
 #include <vector>
 
@@ -45,6 +48,18 @@ const Isa& select(const std::string& name) {  // "" is the fastest
 
 Array array(uintptr_t address, int dtype) { return {reinterpret_cast<void*>(address), static_cast<Dtype>(dtype)}; }
 
+// Fresh memory of several MB comes from the kernel page by page, at the first write to each: at 0.7 microseconds a page
+// that costs more than computing what goes into it. Huge pages need 512 times fewer of these faults.
+void prefer_huge_pages(const Array& out, int64_t elements) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t huge = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data);
+  const uintptr_t end = begin + static_cast<uintptr_t>(elements) * (out.dtype == Dtype::fp32 ? 4 : 2);
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (out.data && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice only
+#endif
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -71,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
         const AddNoise op{source, array(out, out_dtype), pointer<const float>(alpha), pointer<const float>(sigma)};
         const auto run = select(isa).add_noise;
         py::gil_scoped_release release;
+        prefer_huge_pages(op.out, source.batch * source.numel);
         run(op);
       },
       py::arg("source"), py::kw_only(), py::arg("out"), py::arg("out_dtype"), py::arg("alpha"), py::arg("sigma"),
@@ -84,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
                                pointer<const float>(w), pointer<float>(sums), array(grad, pred_dtype), grad_scale};
         const auto run = select(isa).diffusion_loss;
         py::gil_scoped_release release;
+        prefer_huge_pages(op.grad, source.batch * source.numel);
         run(op);
       },
       py::arg("source"), py::kw_only(), py::arg("pred"), py::arg("pred_dtype"), py::arg("c_x"), py::arg("c_eps"),

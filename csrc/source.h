@@ -29,33 +29,48 @@ struct Layout {
   }
 };
 
+// x0[j] and eps[j] hold the LANES elements of part j; lanes beyond its count are 0.
 struct Block {
-  float x0[4][LANES], eps[4][LANES];
+  const float* x0[4];
+  const float* eps[4];
+  alignas(64) float x0_buffer[4][LANES];
+  alignas(64) float eps_buffer[4][LANES];
 };
 
+inline void clear_beyond(int count, float* lanes) {
+  for (int i = count; i < LANES; ++i) lanes[i] = 0.0f;
+}
+
 inline void read_block(const Source& source, const Layout& layout, int64_t b, int64_t q, Block& block) {
+  const int lanes = static_cast<int>(std::min<int64_t>(layout.quarter - q, LANES));
   const uint64_t id = source.sample_ids ? static_cast<uint64_t>(source.sample_ids[b]) : 0;
-  if (source.noise.data) {
-    for (int j = 0; j < 4; ++j)
-      load(source.noise, b * source.numel + layout.offset(q, j), layout.count(q, j), block.eps[j]);
-  } else {
-    NoiseStream{source.seed, id, source.stream}.fill(static_cast<uint32_t>(q), block.eps);
-  }
-  if (!source.moments) {
-    for (int j = 0; j < 4; ++j)
-      load(source.x0, b * source.numel + layout.offset(q, j), layout.count(q, j), block.x0[j]);
-    return;
-  }
-  float eta[4][LANES];
-  NoiseStream{source.seed ^ POSTERIOR_DOMAIN, id, source.stream}.fill(static_cast<uint32_t>(q), eta);
+  const int64_t base = b * source.numel;
+  if (!source.noise.data) NoiseStream{source.seed, id, source.stream}.fill(static_cast<uint32_t>(q), lanes, block.eps_buffer);
+  alignas(64) float eta[4][LANES];
+  if (source.moments)
+    NoiseStream{source.seed ^ POSTERIOR_DOMAIN, id, source.stream}.fill(static_cast<uint32_t>(q), lanes, eta);
+
   for (int j = 0; j < 4; ++j) {
-    float mean[LANES], std[LANES];
-    const int64_t offset = 2 * b * source.numel + layout.offset(q, j);
+    const int64_t offset = layout.offset(q, j);
     const int count = layout.count(q, j);
-    load(source.x0, offset, count, mean);
-    load(source.x0, offset + source.numel, count, std);
+    block.eps[j] = block.eps_buffer[j];
+    if (source.noise.data)
+      block.eps[j] = view(source.noise, base + offset, count, block.eps_buffer[j]);
+    else
+      clear_beyond(count, block.eps_buffer[j]);
+    if (!source.moments) {
+      block.x0[j] = view(source.x0, base + offset, count, block.x0_buffer[j]);
+      continue;
+    }
+    alignas(64) float mean[LANES];
+    alignas(64) float std[LANES];
+    load(source.x0, 2 * base + offset, count, mean);
+    load(source.x0, 2 * base + offset + source.numel, count, std);
+    clear_beyond(count, eta[j]);
+    float* x0 = block.x0_buffer[j];
 #pragma omp simd simdlen(16)
-    for (int i = 0; i < LANES; ++i) block.x0[j][i] = source.moments_scale * (mean[i] + std[i] * eta[j][i]);
+    for (int i = 0; i < LANES; ++i) x0[i] = source.moments_scale * (mean[i] + std[i] * eta[j][i]);
+    block.x0[j] = x0;
   }
 }
 
@@ -76,7 +91,7 @@ inline void for_each_task(const Source& source, const Layout& layout, Visit visi
     for (int64_t task = 0; task < tasks; ++task) run(task);
     return;
   }
-#pragma omp parallel for schedule(static) num_threads(source.threads)
+#pragma omp parallel for schedule(dynamic, 8) num_threads(source.threads)  // a core may be busy elsewhere
   for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 

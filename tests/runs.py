@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def words(line: str) -> list[str]:
 
 TINY = words("--model uvit_tiny --data mixture:4x8x8 --batch-size 8 --precision fp32 --sample-every 0 --no-tensorboard")
 """Options of a run whose step takes milliseconds."""
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Two threads on such small tensors only wait for one another; and a run is then the same in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_config(**options) -> TrainConfig:

@@ -11,9 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from erdfast import cli, evaluate, sample, train
 from erdfast.training.checkpoint import newest_checkpoint
-from tests.runs import TINY, refused, words
+from tests.runs import TINY, refused, single_thread, words
 
 SMALL = ["--model", "uvit_tiny"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with single_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

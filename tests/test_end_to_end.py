@@ -15,9 +15,15 @@ from erdfast.evaluation.digits import DigitsReport
 from erdfast.presets import build_model
 from erdfast.published_run import open_run
 from erdfast.training.checkpoint import newest_checkpoint
-from tests.runs import ROOT, TINY, start, words
+from tests.runs import ROOT, TINY, single_thread, start, words
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import KERNEL_DTYPES, launcher
+from .backend import KERNEL_DTYPES, in_plain_eager, launcher
 from .source import (
     CoefficientsLike,
     Moments,
@@ -56,7 +56,8 @@ def add_noise(
         raise ValueError("gradients for alpha and sigma need backend='reference'; detach them otherwise")
     if source.moments_scale is not None and source.x0.requires_grad:
         raise ValueError("gradients for moments need backend='reference'; detach them otherwise")
-    return _add_noise(
+    op = _compute if in_plain_eager(source.x0) and not source.x0.requires_grad else _add_noise
+    return op(
         source.x0,
         coef.alpha,
         coef.sigma,
@@ -82,8 +83,7 @@ def _out_shape(x0: Tensor, moments_scale: float | None) -> tuple[int, ...]:
     return (x0.shape[0], x0.shape[1] // 2, *x0.shape[2:])
 
 
-@torch.library.custom_op("erdfast::add_noise", mutates_args=())
-def _add_noise(
+def _compute(
     x0: Tensor,
     alpha: Tensor,
     sigma: Tensor,
@@ -108,6 +108,9 @@ def _add_noise(
         moments_scale,
     )
     return out
+
+
+_add_noise = torch.library.custom_op("erdfast::add_noise", _compute, mutates_args=())
 
 
 @_add_noise.register_fake

@@ -53,6 +53,14 @@ def launcher(backend: str, op: str) -> ModuleType:
     return kernels
 
 
+def in_plain_eager(tensor: torch.Tensor) -> bool:
+    """Whether an op may be called past PyTorch's dispatcher: no tracer and no tensor subclass is listening.
+
+    The dispatcher's Python layers cost 0.1 ms a call, on a GPU as on a CPU: a tenth of the fused loss on latents.
+    """
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def cpu_isa() -> str:
     """The instruction set asked for by ERDFAST_CPU_ISA (baseline, avx2, avx512); empty for the fastest."""
     return os.environ.get("ERDFAST_CPU_ISA", "")

@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .backend import launcher
+from .backend import in_plain_eager, launcher
 from .source import (
     CoefficientsLike,
     Moments,
@@ -88,7 +88,8 @@ def diffusion_loss(
     if source.x0.requires_grad or (noise is not None and noise.requires_grad):
         raise ValueError("gradients for x0 and noise need backend='reference'; detach them otherwise")
     write_grad = torch.is_grad_enabled() and pred.requires_grad and pred.dtype != torch.float16
-    loss, sums, _ = _diffusion_loss(
+    op = _Direct.apply if in_plain_eager(pred) else _diffusion_loss
+    loss, sums, _ = op(
         pred,
         source.x0,
         coef.c_x,
@@ -149,8 +150,7 @@ def _launch(
     return sums, None if grad is None else grad.view_as(pred)
 
 
-@torch.library.custom_op("erdfast::diffusion_loss", mutates_args=())
-def _diffusion_loss(
+def _compute(
     pred: Tensor,
     x0: Tensor,
     c_x: Tensor,
@@ -170,6 +170,9 @@ def _diffusion_loss(
     )
     loss = torch.dot(w, sums[:, 0]) / pred.numel()
     return loss, sums, pred.new_empty(0) if grad is None else grad
+
+
+_diffusion_loss = torch.library.custom_op("erdfast::diffusion_loss", _compute, mutates_args=())
 
 
 @_diffusion_loss.register_fake
@@ -227,9 +230,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         )
     needs = ctx.needs_input_grad
     w, sums = ctx.saved_tensors[:2]
+    grad_pred = _pred_gradient(ctx, grad_loss) if needs[0] else None
+    if not any(needs[2:5]):  # a fixed target: the usual case
+        return (grad_pred, *[None] * 11)
     scale = 2.0 * grad_loss / ctx.numel
     return (
-        _pred_gradient(ctx, grad_loss) if needs[0] else None,
+        grad_pred,
         None,
         -scale * w * sums[:, 1] if needs[2] else None,
         -scale * w * sums[:, 2] if needs[3] else None,
@@ -250,3 +256,17 @@ def _pred_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 
 _diffusion_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The same op past the dispatcher; see `in_plain_eager`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _compute(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)

@@ -47,7 +47,6 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     model: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
-    metadata: Mapping[str, str],
     keep_last: int,
 ) -> Path:
     """Write `folder/<step>` and then remove all but the newest `keep_last`.
@@ -61,8 +60,8 @@ def save_checkpoint(
         shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir()
-        _save_tensors(temporary / "model.safetensors", model, metadata)
-        _save_tensors(temporary / "state.safetensors", tensors, metadata)
+        _save_tensors(temporary / "model.safetensors", model)
+        _save_tensors(temporary / "state.safetensors", tensors)
         content = json.dumps({"format": FORMAT, "step": step, **numbers}, indent=2) + "\n"
         (temporary / "state.json").write_text(content)
         for name in _FILES:
@@ -111,7 +110,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = load_file(path / "state.safetensors")
         model = load_file(path / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
+        raise ValueError(
+            f"checkpoint {path} cannot be read: {error}; remove that folder to continue from an older one"
+        ) from error
     if not isinstance(numbers, dict) or numbers.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} is not of format {FORMAT}: {path / 'state.json'}")
     step = numbers.get("step")
@@ -136,22 +137,19 @@ def publish(checkpoint: Path, run: Path) -> Path:
     """Put a checkpoint's averaged weights at the top of the run directory, atomically."""
     target, temporary = run / "model.safetensors", run / ".model.safetensors.partial"
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(checkpoint / "model.safetensors", temporary)  # no second copy on the disk
-        except OSError:  # a file system without hard links
-            shutil.copyfile(checkpoint / "model.safetensors", temporary)
-            _sync(temporary)
+        shutil.copyfile(checkpoint / "model.safetensors", temporary)
+        _sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return target
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={"format": "pt", **metadata})
+        # One key only: safetensors writes several in random order, and equal runs shall leave equal files.
+        save_file(contiguous, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes files that only their owner can read
     except SafetensorError as error:  # safetensors hides a full disk in an error of its own
         raise OSError(f"cannot write {path}: {error}") from error

@@ -241,7 +241,6 @@ class Trainer:
             tensors=tensors,
             model=self.ema_model.state_dict(),
             numbers={"scaler": self.scaler.state_dict()},
-            metadata={"erdfast_model": self.config.model, "step": str(self.step)},
             keep_last=self.config.keep_last,
         )
         self.speed.pause()

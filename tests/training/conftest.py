@@ -1,12 +1,11 @@
-"""One thread for these tests: a run is then the same to the last bit as in the processes that the tests start."""
+"""One thread for these tests."""
 
 import pytest
-import torch
+
+from tests.runs import single_thread
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with single_thread():
+        yield

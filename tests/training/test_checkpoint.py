@@ -28,7 +28,6 @@ def save(folder: Path, step: int, keep_last: int = 2) -> Path:
         tensors={"weights/a": torch.full((3, 2), float(step)), "optimizer/a/step": torch.tensor(float(step))},
         model={"a": torch.full((3, 2), -float(step)).t()},  # not contiguous
         numbers={"scaler": {"scale": 0.1 + 0.2}},
-        metadata={"erdfast_model": "uvit_tiny"},
         keep_last=keep_last,
     )
 

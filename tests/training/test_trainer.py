@@ -226,6 +226,24 @@ def test_clipping_limits_the_gradient_that_is_used(tmp_path):
     assert used == pytest.approx([norms[0], 1e-3], rel=1e-3)
 
 
+def test_every_step_is_averaged(tmp_path):
+    decay = 0.75
+    trainer = tiny_trainer(tmp_path, steps=3, ema_decay=decay, target="k", schedule="flow", weighting="constant")
+    expected = {name: value.detach().double() for name, value in trainer.trained.named_parameters()}
+    step = trainer._train_step
+
+    def step_and_average():
+        result = step()
+        for name, value in trainer.parameters.items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
+        return result
+
+    trainer._train_step = step_and_average
+    trainer.train()
+    for name, average in trainer.ema.module.named_parameters():
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-7)
+
+
 def test_published_weights_are_the_averages(tmp_path):
     trainer = tiny_trainer(tmp_path, steps=5)
     trainer.train()
