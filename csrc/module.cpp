@@ -2,14 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <string>
 #include <vector>
 
 #include "ops.h"
+#include "pool.h"
 
 namespace py = pybind11;
 using namespace erdfast;
@@ -48,18 +45,6 @@ const Isa& select(const std::string& name) {  // "" is the fastest
 
 Array array(uintptr_t address, int dtype) { return {reinterpret_cast<void*>(address), static_cast<Dtype>(dtype)}; }
 
-// Fresh memory of several MB comes from the kernel page by page, at the first write to each: at 0.7 microseconds a page
-// that costs more than computing what goes into it. Huge pages need 512 times fewer of these faults.
-void prefer_huge_pages(const Array& out, int64_t elements) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t huge = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data);
-  const uintptr_t end = begin + static_cast<uintptr_t>(elements) * (out.dtype == Dtype::fp32 ? 4 : 2);
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (out.data && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice only
-#endif
-}
-
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -69,6 +54,12 @@ T* pointer(uintptr_t address) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU kernels of erdfast; see erdfast.ops for the public interface.";
+
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "Uninitialised bytes from a pool; see csrc/pool.h.")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer([](Buffer& buffer) {
+        return py::buffer_info(static_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.bytes()));
+      });
 
   py::class_<Source>(m, "Source")
       .def(py::init([](uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype, bool moments, float moments_scale,
@@ -86,7 +77,6 @@ PYBIND11_MODULE(_C, m) {
         const AddNoise op{source, array(out, out_dtype), pointer<const float>(alpha), pointer<const float>(sigma)};
         const auto run = select(isa).add_noise;
         py::gil_scoped_release release;
-        prefer_huge_pages(op.out, source.batch * source.numel);
         run(op);
       },
       py::arg("source"), py::kw_only(), py::arg("out"), py::arg("out_dtype"), py::arg("alpha"), py::arg("sigma"),
@@ -100,7 +90,6 @@ PYBIND11_MODULE(_C, m) {
                                pointer<const float>(w), pointer<float>(sums), array(grad, pred_dtype), grad_scale};
         const auto run = select(isa).diffusion_loss;
         py::gil_scoped_release release;
-        prefer_huge_pages(op.grad, source.batch * source.numel);
         run(op);
       },
       py::arg("source"), py::kw_only(), py::arg("pred"), py::arg("pred_dtype"), py::arg("c_x"), py::arg("c_eps"),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu
 from .backend import KERNEL_DTYPES, in_plain_eager, launcher
 from .source import (
     CoefficientsLike,
@@ -77,10 +78,10 @@ def _reference(source: Source, alpha: Tensor, sigma: Tensor, out_dtype: torch.dt
     return (column(alpha, x0) * x0 + column(sigma, x0) * eps).to(out_dtype)
 
 
-def _out_shape(x0: Tensor, moments_scale: float | None) -> tuple[int, ...]:
+def _out_shape(x0: Tensor, moments_scale: float | None) -> torch.Size:
     if moments_scale is None:
-        return tuple(x0.shape)
-    return (x0.shape[0], x0.shape[1] // 2, *x0.shape[2:])
+        return x0.shape
+    return torch.Size((x0.shape[0], x0.shape[1] // 2, *x0.shape[2:]))
 
 
 def _compute(
@@ -95,7 +96,11 @@ def _compute(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    out = torch.empty(_out_shape(x0, moments_scale), dtype=dtype, device=x0.device)
+    shape = _out_shape(x0, moments_scale)
+    if backend == "cpu":
+        out = cpu.empty_like(x0, dtype, shape)
+    else:
+        out = torch.empty(shape, dtype=dtype, device=x0.device)
     launcher(backend, "add_noise").add_noise(
         out.flatten(1),  # views: back ends know samples of so many elements, not their shape
         x0.flatten(1),

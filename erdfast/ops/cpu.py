@@ -19,6 +19,20 @@ def _extension() -> Any:
     return extension
 
 
+POOLED_BYTES = 1 << 20
+"""Results from this size on come from a pool that keeps its memory; see csrc/pool.h."""
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None, shape: torch.Size | None = None) -> Tensor:
+    """An uninitialised contiguous tensor for a result of this back end."""
+    dtype, shape = dtype or tensor.dtype, tensor.shape if shape is None else shape
+    numel = shape.numel()
+    if numel * dtype.itemsize < POOLED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    buffer = _extension().Buffer(numel * dtype.itemsize)  # the tensor holds it; freed, it goes back to the pool
+    return torch.frombuffer(buffer, dtype=dtype, count=numel).view(shape)
+
+
 def _source(
     x0: Tensor,
     noise: Tensor | None,
@@ -84,7 +98,7 @@ def diffusion_loss(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(sums (B, 3) float32 or None, gradient like pred or None); see csrc/diffusion_loss.cpp."""
     sums = torch.empty(pred.shape[0], 3, dtype=torch.float32) if want_sums else None
-    grad = torch.empty_like(pred) if want_grad else None
+    grad = empty_like(pred) if want_grad else None
     _extension().diffusion_loss(
         _source(x0, noise, seed, stream, sample_ids, moments_scale),
         pred=pred.data_ptr(),

@@ -71,3 +71,29 @@ def test_triton_passes_opcheck_and_compiles_whole() -> None:
     (wanted,) = torch.autograd.grad(loss(pred, scalar), pred)
     (got,) = torch.autograd.grad(compiled(pred, scalar), pred)
     torch.testing.assert_close(got, wanted)
+
+
+def test_large_results_reuse_memory_that_nobody_holds() -> None:
+    x0, coef, key = torch.randn(2, 3, 300, 301), make_coefficients(2), make_key(2)
+    first = add_noise(x0, coef, key, backend="cpu")
+    kept = first[0, :1]  # a view keeps the memory
+    address, wanted = first.data_ptr(), kept.clone()
+    del first
+    second = add_noise(-x0, coef, key, backend="cpu")
+    assert second.data_ptr() != address
+    assert torch.equal(kept, wanted)
+    del kept
+    assert add_noise(x0, coef, key, backend="cpu").data_ptr() == address
+
+
+def test_a_pooled_gradient_survives_its_graph() -> None:
+    pred, x0 = torch.randn(2, 3, 300, 301, requires_grad=True), torch.randn(2, 3, 300, 301)
+    coef, key = make_coefficients(2), make_key(2)
+    diffusion_loss(pred, x0, coef, key, backend="cpu").backward()
+    assert pred.grad is not None
+    wanted = pred.grad.clone()
+    for _ in range(3):
+        diffusion_loss(pred.detach().requires_grad_(), x0 + 1, coef, key, backend="cpu").backward()
+    assert torch.equal(pred.grad, wanted)
+    diffusion_loss(pred, x0, coef, key, backend="cpu").backward()
+    torch.testing.assert_close(pred.grad, 2 * wanted)
