@@ -40,7 +40,8 @@ def diffusion_loss(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"{environment['device']}, torch {environment['torch']}, {environment['date']}, "
-        f"commit `{environment['commit']}`; medians of {rounds} interleaved rounds, in brackets the ratios of opposite 20% and 80% quantiles.",
+        f"commit `{environment['commit']}`; "
+        f"medians of {rounds} interleaved rounds, in brackets the ratios of opposite 20% and 80% quantiles.",
     ]
     return "\n".join(lines) + "\n"
 
