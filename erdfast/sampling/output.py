@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from erdfast.atomic import atomic_write
 
 
 def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -56,16 +57,6 @@ def save_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarra
         arrays["arr_1"] = np.asarray(labels).astype(np.int64)
         if arrays["arr_1"].shape != images.shape[:1]:
             raise ValueError(f"{len(images)} images but labels of shape {arrays['arr_1'].shape}")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
+    with atomic_write(path) as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+    return Path(path)
