@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from erdfast import presets
 from erdfast.config import TrainConfig
 
@@ -140,6 +142,12 @@ def run(main: Callable[[], int | None], program: str) -> None:
         sys.exit(0)
     except (ValueError, ImportError, OSError, ArithmeticError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise  # a bug of ours
+        reason = " ".join(str(error).split())[:200]
+        print(f"{program}: error: out of memory ({reason}): try a smaller --batch-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

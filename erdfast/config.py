@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -164,7 +166,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise ValueError for a number out of range or a combination that cannot run."""
         _require("steps", self.steps, 1 <= self.steps < 2**32, "at least 1 and below 2^32")
-        _require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        _require("batch_size", self.batch_size, 1 <= self.batch_size < 2**31, "at least 1 and below 2^31")
         _require("accumulation", self.accumulation, self.accumulation >= 1, "at least 1")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}")
@@ -198,6 +200,7 @@ class TrainConfig:
             betas = tuple(values["optimizer"].betas)
             values["optimizer"] = dataclasses.replace(values["optimizer"], betas=betas)
             config = cls(**values)
+            check_types(config)
             config.validate()  # a file that was edited by hand
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{origin} does not hold the options of a training run ({error})") from error
@@ -235,7 +238,7 @@ class SampleConfig:
 
     def validate(self) -> None:
         """Raise ValueError for a number out of range."""
-        _require("num", self.num, self.num >= 1, "at least 1")
+        _require("num", self.num, 1 <= self.num < 2**31, "at least 1 and below 2^31")
         _require("cfg_scale", self.cfg_scale, self.cfg_scale >= 0, "at least 0 (1 is none)")
         low, high = self.interval
         _require("interval", self.interval, 0 <= low <= high <= 1, "two numbers in [0, 1] in order")
@@ -262,10 +265,34 @@ class EvaluateConfig:
         _require_sampling(self.steps, self.seed, self.batch_size)
 
 
+def check_types(config: Any) -> None:
+    """Raise ValueError unless every field, in groups too, has the type that it is declared with."""
+    for name, declared in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(declared):
+            check_types(value)
+        elif not _is_of_type(value, declared):
+            raise ValueError(f"{name} is {value!r}; it must be of type {getattr(declared, '__name__', declared)}")
+
+
+def _is_of_type(value: Any, declared: Any) -> bool:
+    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of_type(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        lengths_fit = isinstance(value, tuple) and (arguments[-1] is ... or len(value) == len(arguments))
+        return lengths_fit and all(_is_of_type(item, arguments[0]) for item in value)
+    if declared in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if declared is float else declared)
+
+
 def _require_sampling(steps: int, seed: int, batch_size: int) -> None:
     _require("steps", steps, steps >= 1, "at least 1")
     _require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2^63")
-    _require("batch_size", batch_size, batch_size >= 1, "at least 1")
+    _require("batch_size", batch_size, 1 <= batch_size < 2**31, "at least 1 and below 2^31")
 
 
 def _require(name: str, value: Any, condition: bool, rule: str) -> None:

@@ -42,6 +42,28 @@ def signed64(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+def scalar(name: str, value: Integer, bits: int, device: torch.device) -> Tensor:
+    """A seed (64 bits) or stream (32 bits) as a 0-d int64 tensor with the same bits, without asking the device.
+
+    A compiled function is not compiled anew for each int: the number is compared and moved here, not XORed.
+
+    Raises:
+        ValueError: naming `name`, for what is no integer or out of range, or a tensor that is not one int64.
+    """
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; it must be one int64")
+        return value.reshape(())
+    if isinstance(value, bool) or not (isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")):
+        raise ValueError(f"{name} is {value!r}; it must be an int or an int64 tensor with one element")
+    number = int(value)
+    if number < 0 or number >= 2**bits:
+        raise ValueError(f"{name} is {value}; it must be at least 0 and below 2^{bits}")
+    if number >= 2**63:
+        number -= 2**64
+    return torch.full((), number, dtype=torch.int64, device=device)
+
+
 def domain_seed(seed: Integer, domain: str) -> Integer:
     """The key for one use of `seed`; stays on the device when `seed` is a tensor."""
     constant = signed64(DOMAINS[domain])

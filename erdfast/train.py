@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         print(dry_run(config))
         return 0
-    from erdfast.training.run_directory import create_run_directory, save_run_config
+    from erdfast.training.run_directory import create_run_directory, lock_run, save_run_config
     from erdfast.training.trainer import Trainer
 
     if config.resume is None:
@@ -33,18 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(describe_network(config, dataset))
     print(f"data: {dataset.describe()}")
     run = create_run_directory(config) if config.resume is None else config.resume
-    trainer = Trainer(config, dataset, run, device)
-    if config.resume is not None:
-        trainer.restore()
-        if trainer.step > config.steps:
-            raise ValueError(f"{run} is at step {trainer.step:,} already; --steps {config.steps:,} cannot undo that")
-        save_run_config(run, config)
-        print(f"resuming {run} at step {trainer.step:,} of {config.steps:,}")
-    signal = trainer.train()
-    if signal is not None:
-        print(f"{signal} at step {trainer.step:,}: state saved; continue with python -m erdfast.train --resume {run}")
-        return 0
-    print(f"summary: {trainer.finish()}")
+    with lock_run(run):
+        trainer = Trainer(config, dataset, run, device)
+        if config.resume is not None:
+            trainer.restore()
+            if trainer.step > config.steps:
+                raise ValueError(
+                    f"{run} is at step {trainer.step:,} already; --steps {config.steps:,} cannot undo that"
+                )
+            save_run_config(run, config)
+            print(f"resuming {run} at step {trainer.step:,} of {config.steps:,}")
+        signal = trainer.train()
+        if signal is not None:
+            print(
+                f"{signal} at step {trainer.step:,}: state saved; continue with python -m erdfast.train --resume {run}"
+            )
+            return 0
+        print(f"summary: {trainer.finish()}")
     _evaluate(config, run)
     return 0
 
@@ -59,7 +64,9 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     precision = resolve_precision(config.precision, device).name
     if config.data is None:
         print(f"no --data: training on the embedded Gaussian mixture, {shape}")
-    data = config.data or "mixture"
+    data = "mixture" if config.data is None else config.data
+    if data not in ("", "digits", "mixture") and Path(data).exists():
+        data = str(Path(data).resolve())  # a resumed run may start from another folder
     return dataclasses.replace(config, data=data, precision=precision)
 
 

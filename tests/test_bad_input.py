@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from erdfast import cli, evaluate, sample, train
 from erdfast.training.checkpoint import newest_checkpoint
+from erdfast.training.run_directory import lock_run
 from tests.runs import TINY, refused, single_thread, words
 
 SMALL = ["--model", "uvit_tiny"]
@@ -207,7 +208,47 @@ def test_data_that_are_gone_when_a_run_continues(capsys, tmp_path):
 
 def test_out_that_holds_a_run(capsys, run):
     line = refused(capsys, train.main, [*TINY, "--out", run])
-    assert f"{run} already holds a run: continue it with --resume {run}" in line
+    assert f"{run} already holds a run (config.json): continue it with --resume {run}" in line
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl", "model.safetensors"])
+def test_out_that_holds_the_rest_of_a_run(capsys, run, left):
+    for path in run.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert f"{run} already holds a run ({left})" in refused(capsys, train.main, [*TINY, "--out", run])
+    assert (run / left).exists()
+
+
+def test_a_run_that_is_being_trained(capsys, run):
+    with lock_run(run):
+        line = refused(capsys, train.main, ["--resume", run, "--steps", "99"])
+    assert f"{run} is being trained by another process" in line
+
+
+@pytest.mark.parametrize("text", ["", "digitz"])
+def test_data_that_is_nothing(capsys, text):
+    assert f"unknown data '{text}'" in refused(capsys, train.main, [*TINY, "--data", text])
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory(capsys, error):
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main, "erdfast.train")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("erdfast.train: error: out of memory")
+    assert "--batch-size" in line
+
+
+def test_other_runtime_errors_are_ours_and_keep_their_traceback():
+    def main() -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(main, "erdfast.train")
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

@@ -108,7 +108,17 @@ def test_other_json_is_refused(text, part):
 
 @pytest.mark.parametrize(
     ("name", "value", "part"),
-    [("steps", "many", "'<=' not supported"), ("steps", -3, "steps is -3"), ("batch_size", None, "not supported")],
+    [
+        ("steps", "many", "steps is 'many'; it must be of type int"),
+        ("steps", 10.5, "steps is 10.5"),
+        ("steps", -3, "steps is -3"),
+        ("batch_size", None, "batch_size is None; it must be of type int"),
+        ("batch_size", True, "batch_size is True"),
+        ("model", 3, "model is 3"),
+        ("data", 5, "data is 5"),
+        ("compile", "bogus", "compile is 'bogus'"),
+        ("dry_run", "no", "dry_run is 'no'"),
+    ],
 )
 def test_json_edited_by_hand_is_checked(name, value, part):
     values = json.loads(TrainConfig().to_json())

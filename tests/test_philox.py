@@ -75,3 +75,17 @@ def test_uniform_lies_strictly_inside_and_is_uniform() -> None:
 def test_domain_seed_of_a_tensor_equals_that_of_an_int() -> None:
     assert int(philox.domain_seed(torch.tensor(-5), "time")) == philox.domain_seed(-5, "time")
     assert philox.domain_seed(2**64 - 5, "time") == philox.domain_seed(-5, "time")
+
+
+def test_scalar_keeps_the_bits_and_refuses_the_rest() -> None:
+    cpu = torch.device("cpu")
+    for value in (0, 5, 2**63 - 1, 2**63, 2**64 - 1):
+        assert int(philox.scalar("seed", value, 64, cpu)) == philox.signed64(value)
+    assert int(philox.scalar("seed", torch.tensor([-3]), 64, cpu)) == -3
+    for value, bits in ((2**64, 64), (-1, 64), (2**32, 32)):
+        with pytest.raises(ValueError, match=f"key is {value}; it must be at least 0"):
+            philox.scalar("key", value, bits, cpu)
+    bad: list = [1.5, True, "1", torch.tensor(1.0), torch.tensor([1, 2])]
+    for value in bad:
+        with pytest.raises(ValueError, match="key is"):
+            philox.scalar("key", value, 64, cpu)

@@ -21,6 +21,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,9 @@ SD_VAE_SCALE = 0.18215
 """Brings the Stable Diffusion VAE's latents to about unit variance (Rombach et al., 2022)."""
 
 _PROBE_ROWS = 64
+
+MOST_CLASSES = 10_000_000
+"""A larger label is a mistake: networks hold one embedding per class."""
 
 
 class Source(NamedTuple):
@@ -88,6 +92,8 @@ class FileDataset(Dataset):
             self._check_values()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        except _DAMAGE as error:  # reading rows for the first time: data elsewhere that are missing, say
+            raise ValueError(f"{path}: cannot be read: {error or type(error).__name__}") from error
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -170,7 +176,9 @@ _DAMAGE = (
     ValueError,
     OSError,
     EOFError,
-    KeyError,
+    LookupError,
+    MemoryError,
+    OverflowError,
     TypeError,
     AttributeError,
     RuntimeError,
@@ -204,15 +212,15 @@ def _guarded(path: Path, reader: Callable[[Path], Source]) -> Source:
 def _open_npz(path: Path) -> Source:
     arrays = read_npz(path)
     if "arr_0" in arrays:
-        return Source(arrays["arr_0"], _read_all(arrays.get("arr_1")), "pixels", "scaled to [-1, 1]")
+        return Source(arrays["arr_0"](), _read_all(arrays.get("arr_1")), "pixels", "scaled to [-1, 1]")
     if "latents" in arrays:
-        return Source(arrays["latents"], _read_all(arrays.get("labels")), "latents", "as stored")
+        return Source(arrays["latents"](), _read_all(arrays.get("labels")), "latents", "as stored")
     raise ValueError(f"expected an array 'arr_0' (pictures) or 'latents', found {sorted(arrays) or 'none'}")
 
 
 def _open_npy(path: Path) -> Source:
     beside = path.with_name("labels.npy")
-    labels = _read_all(read_npy(beside)) if beside.exists() and beside != path else None
+    labels = _read_all(partial(read_npy, beside)) if beside.exists() and beside != path else None
     return Source(read_npy(path), labels, "latents", "as stored")
 
 
@@ -220,7 +228,7 @@ def _open_safetensors(path: Path) -> Source:
     tensors = read_safetensors(path)
     if "latents" not in tensors:
         raise ValueError(f"expected a tensor 'latents', found {sorted(tensors) or 'none'}")
-    return Source(tensors["latents"], _read_all(tensors.get("labels")), "latents", "as stored")
+    return Source(tensors["latents"](), _read_all(tensors.get("labels")), "latents", "as stored")
 
 
 def _open_hdf5(path: Path) -> Source:
@@ -228,7 +236,7 @@ def _open_hdf5(path: Path) -> Source:
     if "train_latents" not in arrays:
         raise ValueError(f"expected a data set 'train_latents', found {sorted(arrays) or 'none'}")
     note = f"posterior draws times {SD_VAE_SCALE}"
-    return Source(arrays["train_latents"], _read_all(arrays.get("train_labels")), "moments", note)
+    return Source(arrays["train_latents"](), _read_all(arrays.get("train_labels")), "moments", note)
 
 
 def _open_folder(path: Path) -> Source:
@@ -282,7 +290,8 @@ READERS: dict[str, Callable[[Path], Source]] = {
 }
 
 
-def _read_all(rows: Rows | None) -> Tensor | None:
+def _read_all(load: Callable[[], Rows] | None) -> Tensor | None:
+    rows = None if load is None else load()
     return None if rows is None else rows.take(torch.arange(len(rows)))
 
 
@@ -298,12 +307,14 @@ def _check_labels(labels: Tensor | None, size: int, num_classes: int | None) -> 
     if labels is None and num_classes:
         raise ValueError(f"{num_classes} classes are wanted, but the data have no labels")
     if labels is None or num_classes == 0:
-        return torch.zeros(size, dtype=torch.int64), 0
+        return torch.zeros(1, dtype=torch.int64).expand(size), 0
     if labels.dtype.is_floating_point or labels.numel() != size:
         raise ValueError(f"labels must be {size} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
     labels = labels.reshape(-1).to(torch.int64)
     low, high = int(labels.min()), int(labels.max())
     limit = high + 1 if num_classes is None else num_classes
+    if limit > MOST_CLASSES:
+        raise ValueError(f"{limit:,} classes (the largest label is {high}) are more than {MOST_CLASSES:,}")
     if low < 0 or high >= limit:
         raise ValueError(f"labels must be in 0..{limit - 1}, found {low if low < 0 else high}")
     return labels, limit

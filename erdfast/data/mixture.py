@@ -191,6 +191,8 @@ class GaussianMixture(Dataset):
         Returns:
             (T,) float64.
         """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         values = [torch.as_tensor(c, dtype=torch.float64, device="cpu").reshape(-1) for c in (alpha, sigma, c_x, c_eps)]
         levels = torch.stack(torch.broadcast_tensors(*values), dim=1)
         modes = self.means.shape[0]
@@ -211,6 +213,8 @@ class GaussianMixture(Dataset):
         """(B, J) bool: the modes that the label leaves open."""
         if y is None:
             return None
+        if y.dtype.is_floating_point or y.dtype == torch.bool or y.numel() == 0:
+            raise ValueError(f"y must hold {batch} integer labels, got {y.dtype} of shape {tuple(y.shape)}")
         if y.shape != (batch,) or int(y.min()) < 0 or int(y.max()) > self.num_classes:
             raise ValueError(
                 f"y must hold {batch} labels in 0..{self.num_classes} (the last is null), got {y.tolist()}"

@@ -11,10 +11,11 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -127,47 +128,63 @@ class HDF5Rows:
         return torch.from_numpy(self._dataset[unique.numpy()])[inverse]
 
 
+Loaders = dict[str, Callable[[], Rows]]
+"""The arrays of a file by name. Each is checked when it is loaded: what is not asked for may be anything."""
+
+
 def read_npy(path: Path) -> ByteRows:
     """A .npy file, mapped. ValueError if it is damaged, empty or of objects."""
     return _map_npy(path, 0, path.name)
 
 
-def read_npz(path: Path) -> dict[str, ByteRows]:
-    """All arrays of a .npz file: those stored without compression are mapped, the others read into memory."""
-    arrays = {}
+def read_npz(path: Path) -> Loaders:
+    """The arrays of a .npz file: those stored without compression are mapped, the others read into memory."""
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if info.compress_type == zipfile.ZIP_STORED:
-                arrays[name] = _map_npy(path, _member_offset(path, info), name)
-            else:
-                with archive.open(info) as stream:
-                    arrays[name] = _from_memory(np.lib.format.read_array(stream, allow_pickle=False), name)
-    return arrays
+        members = archive.infolist()
+    return {info.filename.removesuffix(".npy"): partial(_load_member, path, info) for info in members}
 
 
-def read_safetensors(path: Path) -> dict[str, ByteRows]:
-    """All tensors of a .safetensors file, mapped."""
+def _load_member(path: Path, info: zipfile.ZipInfo) -> ByteRows:
+    name = info.filename.removesuffix(".npy")
+    if info.compress_type == zipfile.ZIP_STORED:
+        return _map_npy(path, _member_offset(path, info), name, info.file_size)
+    with zipfile.ZipFile(path) as archive:
+        with archive.open(info) as stream:
+            shape, _, dtype = _npy_header(stream, name)
+            _check_fits(stream.tell(), shape, dtype.itemsize, info.file_size, name)
+        _torch_dtype(dtype, name)
+        with archive.open(info) as stream:
+            return _from_memory(np.lib.format.read_array(stream, allow_pickle=False), name)
+
+
+def read_safetensors(path: Path) -> Loaders:
+    """The tensors of a .safetensors file, mapped."""
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", _exactly(stream.read(8), 8))
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes: not a safetensors file")
         header = json.loads(_exactly(stream.read(length), length))
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"'{name}' has type {entry['dtype']}, expected one of {', '.join(_SAFETENSORS_DTYPES)}")
-        start, end = entry["data_offsets"]
-        dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"'{name}' has {end - start} bytes, which does not suit its shape {shape}")
-        tensors[name] = _map_bytes(path, 8 + length + start, shape, dtype, name)
-    return tensors
+    return {name: partial(_load_tensor, path, 8 + length, name, entry) for name, entry in header.items()}
 
 
-def read_hdf5(path: Path) -> dict[str, Rows]:
-    """All data sets at the top of an HDF5 file: contiguous ones are mapped, the others read through h5py.
+def _load_tensor(path: Path, data_start: int, name: str, entry: dict) -> ByteRows:
+    if entry["dtype"] not in _SAFETENSORS_DTYPES:
+        raise ValueError(f"'{name}' has type {entry['dtype']}, expected one of {', '.join(_SAFETENSORS_DTYPES)}")
+    start, end = entry["data_offsets"]
+    dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+    size = path.stat().st_size - data_start
+    if not (type(start) is int and type(end) is int and 0 <= start <= end):
+        raise ValueError(f"'{name}' lies at bytes {start}..{end} of the data, which cannot be")
+    if end > size:
+        raise ValueError(f"the file ends early: '{name}' lies at bytes {start}..{end} of {size:,} bytes of data")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"'{name}' has {end - start} bytes, which does not suit its shape {shape}")
+    return _map_bytes(path, data_start + start, shape, dtype, name)
+
+
+def read_hdf5(path: Path) -> Loaders:
+    """What lies at the top of an HDF5 file: contiguous data sets are mapped, the others read through h5py.
 
     Raises:
         ImportError: h5py is not installed.
@@ -176,42 +193,65 @@ def read_hdf5(path: Path) -> dict[str, Rows]:
         import h5py
     except ImportError as error:
         raise ImportError(f"reading {path} needs h5py: run `pip install erdfast[hdf5]`") from error
-    arrays: dict[str, Rows] = {}
     handle = h5py.File(path, "r")  # stays open: opening it per sample is what makes other loaders slow
-    for name, dataset in handle.items():
+
+    def load(name: str) -> Rows:
+        dataset = handle[name]
         if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
-            continue
-        offset = dataset.id.get_offset()  # None where the data lie in chunks
+            raise ValueError(f"'{name}' is no data set with rows")
+        offset = dataset.id.get_offset()  # None where the data lie in chunks or in other files
         dtype = _torch_dtype(dataset.dtype, name)
-        arrays[name] = HDF5Rows(dataset) if offset is None else _map_bytes(path, offset, dataset.shape, dtype, name)
-    return arrays
+        if offset is not None:
+            return _map_bytes(path, offset, dataset.shape, dtype, name)
+        _check_sides(dataset.shape, name)
+        return HDF5Rows(dataset)
+
+    return {name: partial(load, name) for name in map(str, handle)}
 
 
-def _map_npy(path: Path, offset: int, name: str) -> ByteRows:
+def _npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and type."""
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
+    version = np.lib.format.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"'{name}' has npy version {version}, expected 1.0 or 2.0")
+    return readers[version](stream)
+
+
+def _map_npy(path: Path, offset: int, name: str, size: int | None = None) -> ByteRows:
+    """The array whose header begins at `offset`; header and data must fit into `size` bytes, if given."""
     with path.open("rb") as stream:
         stream.seek(offset)
-        version = np.lib.format.read_magic(stream)
-        if version not in readers:
-            raise ValueError(f"'{name}' has npy version {version}, expected 1.0 or 2.0")
-        shape, fortran, dtype = readers[version](stream)
+        shape, fortran, dtype = _npy_header(stream, name)
         start = stream.tell()
     torch_dtype = _torch_dtype(dtype, name)
     if fortran and len(shape) > 1:
         raise ValueError(f"'{name}' is stored in Fortran order: save numpy.ascontiguousarray of it")
+    if size is not None:
+        _check_fits(start - offset, shape, torch_dtype.itemsize, size, name)
     return _map_bytes(path, start, shape, torch_dtype, name)
 
 
-def _map_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> ByteRows:
+def _check_sides(shape: tuple[int, ...], name: str) -> None:
     if len(shape) == 0 or 0 in shape:
         raise ValueError(f"'{name}' is empty: its shape is {tuple(shape)}")
+    if not all(type(side) is int and side > 0 for side in shape):
+        raise ValueError(f"'{name}' has the shape {tuple(shape)}, which cannot be")
+
+
+def _check_fits(offset: int, shape: tuple[int, ...], itemsize: int, size: int, name: str) -> None:
+    _check_sides(shape, name)
+    needed = offset + math.prod(shape) * itemsize
+    if needed > size:
+        raise ValueError(f"the file ends early: '{name}' needs {needed:,} bytes, there are {size:,}")
+
+
+def _map_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> ByteRows:
+    _check_fits(offset, shape, dtype.itemsize, path.stat().st_size, name)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    needed = offset + shape[0] * row_bytes
-    if needed > path.stat().st_size:
-        raise ValueError(f"the file ends early: '{name}' needs {needed:,} bytes, there are {path.stat().st_size:,}")
     # Mode "c" (copy on write) never touches the file, and spares PyTorch's warning about memory it may not
     # write to.
     mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(shape[0], row_bytes))

@@ -73,6 +73,8 @@ class FeatureStatistics:
     def of(cls, features: Array, chunk: int = 4096) -> FeatureStatistics:
         """Statistics of an (N, ...) array, each sample flattened, `chunk` samples at a time."""
         samples = torch.as_tensor(features)
+        if samples.ndim < 2:
+            raise ValueError(f"features must be (N, ...) with two dimensions or more, got {tuple(samples.shape)}")
         statistics = cls(math.prod(samples.shape[1:]), samples.device)
         for part in samples.flatten(1).split(chunk):
             statistics.update(part)

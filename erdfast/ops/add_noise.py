@@ -16,8 +16,10 @@ from .source import (
     Source,
     check_coefficients,
     column,
+    compute_dtype,
     make_source,
     reference_x0_eps,
+    refuse_gradients,
 )
 
 
@@ -41,7 +43,7 @@ def add_noise(
         backend: "reference", "cpu" or "triton"; by default the fastest of the device.
 
     Returns:
-        x_t with the shape of x0. Differentiable in x0 (and, by the reference, in alpha and sigma).
+        x_t with the shape of x0. Differentiable in x0 (and, by the reference, in alpha, sigma and noise).
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit, or the back end cannot run; the message says which.
@@ -49,14 +51,15 @@ def add_noise(
     source = make_source(x0, key, noise, backend)
     check_coefficients(source, alpha=coef.alpha, sigma=coef.sigma)
     out_dtype = source.x0.dtype if dtype is None else dtype
+    if not isinstance(out_dtype, torch.dtype):
+        raise ValueError(f"dtype is {out_dtype!r}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
     if not out_dtype.is_floating_point or (source.backend != "reference" and out_dtype not in KERNEL_DTYPES):
         raise ValueError(f"dtype is {out_dtype}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
     if source.backend == "reference":
         return _reference(source, coef.alpha, coef.sigma, out_dtype)
-    if coef.alpha.requires_grad or coef.sigma.requires_grad:
-        raise ValueError("gradients for alpha and sigma need backend='reference'; detach them otherwise")
-    if source.moments_scale is not None and source.x0.requires_grad:
-        raise ValueError("gradients for moments need backend='reference'; detach them otherwise")
+    refuse_gradients(alpha=coef.alpha, sigma=coef.sigma, noise=noise)
+    if source.moments_scale is not None:
+        refuse_gradients(moments=source.x0)
     op = _compute if in_plain_eager(source.x0) and not source.x0.requires_grad else _add_noise
     return op(
         source.x0,
@@ -73,7 +76,7 @@ def add_noise(
 
 
 def _reference(source: Source, alpha: Tensor, sigma: Tensor, out_dtype: torch.dtype) -> Tensor:
-    compute = torch.float64 if torch.float64 in (source.x0.dtype, alpha.dtype) else torch.float32
+    compute = compute_dtype(source.x0, source.noise, alpha, sigma)
     x0, eps = reference_x0_eps(source, compute)
     return (column(alpha, x0) * x0 + column(sigma, x0) * eps).to(out_dtype)
 

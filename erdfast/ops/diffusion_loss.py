@@ -25,8 +25,10 @@ from .source import (
     Source,
     check_coefficients,
     column,
+    compute_dtype,
     make_source,
     reference_x0_eps,
+    refuse_gradients,
 )
 
 
@@ -85,8 +87,7 @@ def diffusion_loss(
     if source.backend == "reference":
         loss, mse = _reference(pred, source, coef)
         return (loss, mse.detach()) if per_sample else loss
-    if source.x0.requires_grad or (noise is not None and noise.requires_grad):
-        raise ValueError("gradients for x0 and noise need backend='reference'; detach them otherwise")
+    refuse_gradients(x0=source.x0, noise=noise)
     write_grad = torch.is_grad_enabled() and pred.requires_grad and pred.dtype != torch.float16
     op = _Direct.apply if in_plain_eager(pred) else _diffusion_loss
     loss, sums, _ = op(
@@ -107,8 +108,7 @@ def diffusion_loss(
 
 
 def _reference(pred: Tensor, source: Source, coef: CoefficientsLike) -> tuple[Tensor, Tensor]:
-    dtypes = (pred.dtype, source.x0.dtype, coef.w.dtype, coef.c_x.dtype)
-    compute = torch.float64 if torch.float64 in dtypes else torch.float32
+    compute = compute_dtype(pred, source.x0, source.noise, coef.w, coef.c_x, coef.c_eps)
     x0, eps = reference_x0_eps(source, compute)
     y = column(coef.c_x, x0) * x0 + column(coef.c_eps, x0) * eps
     mse = (pred.to(compute) - y).square().flatten(1).mean(1)
@@ -168,7 +168,8 @@ def _compute(
     sums, grad = _launch(
         pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, None, True, write_grad, backend
     )
-    loss = torch.dot(w, sums[:, 0]) / pred.numel()
+    batch = pred.shape[0]
+    loss = torch.dot(w, sums[:, 0] / (pred.numel() // batch)) / batch  # means first: sums times weights may overflow
     return loss, sums, pred.new_empty(0) if grad is None else grad
 
 
@@ -228,9 +229,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         raise NotImplementedError(
             "diffusion_loss is differentiable once; use backend='reference' for second derivatives"
         )
-    needs = ctx.needs_input_grad
-    w, sums = ctx.saved_tensors[:2]
-    grad_pred = _pred_gradient(ctx, grad_loss) if needs[0] else None
+    needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
+    w, sums = saved[:2]
+    grad_pred = _pred_gradient(ctx, saved, grad_loss) if needs[0] else None
     if not any(needs[2:5]):  # a fixed target: the usual case
         return (grad_pred, *[None] * 11)
     scale = 2.0 * grad_loss / ctx.numel
@@ -244,14 +245,17 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     )
 
 
-def _pred_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+def _pred_gradient(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> Tensor:
     if not ctx.write_grad:
-        w, _, pred, x0, c_x, c_eps, *key = ctx.saved_tensors
+        w, _, pred, x0, c_x, c_eps, *key = saved
         moments_scale, backend = ctx.options
         return _diffusion_loss_grad(pred, x0, c_x, c_eps, w, *key, moments_scale, grad_loss, backend)
-    grad = ctx.saved_tensors[2]
+    grad = saved[2]
     if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        return grad  # nothing to wait for on a CPU; on a GPU reading the scalar would synchronise
+        # Nothing to wait for on a CPU; on a GPU reading the scalar would synchronise. Where the graph is kept, a second
+        # backward pass must find the gradient untouched by whoever received the first.
+        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
+        return grad.clone() if keeps_graph() else grad
     return (grad * grad_loss).to(grad.dtype)
 
 

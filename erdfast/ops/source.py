@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -83,6 +84,7 @@ def make_source(
         ValueError: what is wrong, with the shapes and dtypes at fault.
     """
     data, scale = (x0.tensor, float(x0.scale)) if isinstance(x0, Moments) else (x0, None)
+    _check_types(data, key, noise, extra)
     shape = _sample_shape(data, is_moments=scale is not None)
     _check_noise(shape, key, noise, needs_key=scale is not None)
     tensors = {"x0": data, "noise": noise, "pred": extra}
@@ -109,6 +111,18 @@ def make_source(
                 )
     seed, stream, ids = _key_tensors(key, shape[0], data.device)
     return Source(data, noise, seed, stream, ids, scale, shape, chosen)
+
+
+def _check_types(data: object, key: object, noise: object, pred: object) -> None:
+    for name, value in {"x0": data, "noise": noise, "pred": pred}.items():
+        if not isinstance(value, Tensor) and (name == "x0" or value is not None):
+            raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    if key is not None and not isinstance(key, NoiseKey):
+        raise ValueError(
+            f"key is a {type(key).__name__}; it must be a NoiseKey (an explicit eps is given as noise=...)"
+        )
+    if isinstance(key, NoiseKey) and key.sample_ids is not None and not isinstance(key.sample_ids, Tensor):
+        raise ValueError(f"sample_ids is a {type(key.sample_ids).__name__}; it must be an int64 tensor")
 
 
 def _sample_shape(data: Tensor, is_moments: bool) -> torch.Size:
@@ -154,8 +168,10 @@ def _scalar(name: str, value: int | Tensor, bits: int, device: torch.device) -> 
                 f"it must be one int64 on {device}"
             )
         return value.reshape(())
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    if isinstance(value, bool) or not (isinstance(value, torch.SymInt) or hasattr(value, "__index__")):
         raise ValueError(f"{name} is {value!r}; it must be an int or an int64 tensor with one element")
+    if not isinstance(value, torch.SymInt):
+        value = operator.index(value)  # NumPy's integers too
     if isinstance(value, int) and not 0 <= value < 2**bits:
         raise ValueError(f"{name} is {value}; it must be at least 0 and below 2^{bits}")
     if bits == 64 and isinstance(value, int):
@@ -171,6 +187,8 @@ def column(coefficient: Tensor, like: Tensor) -> Tensor:
 def check_coefficients(source: Source, **coefficients: Tensor) -> None:
     """Raise ValueError unless each coefficient is (B,) on the data's device, and float32 for a compiled back end."""
     for name, value in coefficients.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor of shape ({source.batch},)")
         if value.shape != (source.batch,) or value.device != source.x0.device:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} on {value.device}; "
@@ -178,6 +196,18 @@ def check_coefficients(source: Source, **coefficients: Tensor) -> None:
             )
         if source.backend != "reference" and value.dtype != torch.float32:
             raise ValueError(f"{name} is {value.dtype}; the {source.backend} back end takes float32 coefficients")
+
+
+def refuse_gradients(**inputs: Tensor | None) -> None:
+    """Raise ValueError if one of the inputs, for which the compiled back ends have no gradient, wants one."""
+    for name, tensor in inputs.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"gradients for {name} need backend='reference'; detach it otherwise")
+
+
+def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
+    """What the reference computes in: float64 if any input is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in inputs) else torch.float32
 
 
 def reference_x0_eps(source: Source, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

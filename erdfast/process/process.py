@@ -29,6 +29,8 @@ from .weighting import WEIGHTINGS, Level, Weighting
 
 ALLOCATIONS = ("time", "logsnr")
 LOSS_SPACES = ("target", "x0", "eps", "v", "u")
+LATEST_TIME = 1.0 - 2.0**-24
+"""The largest float32 below 1: a time drawn close to 1 must not round to it, where targets and weights end."""
 LARGEST_WEIGHT = 1e30
 """Weights are held below this, so that they and their products with an error fit float32."""
 
@@ -148,6 +150,7 @@ class Process(Tables):
         if as_sampling:
             point = self.schedule.point(self.times.nodes)
             self.times.tilt(self._weight(self.times.nodes, point, self.target(point)))
+        self._check_numbers()
 
     @property
     def discrete(self) -> bool:
@@ -177,17 +180,18 @@ class Process(Tables):
 
         Args:
             batch: samples on this rank, at least 1.
-            seed, step: ints, or 0-d int64 tensors on the process's device: nothing is read back, and a compiled
-                step is not compiled anew for each value.
+            seed, step: ints in 0..2^64-1 and 0..2^32-1, or 0-d int64 tensors on the process's device: nothing is
+                read back, and a compiled step is not compiled anew for each value.
             rank_offset: index of this rank's first sample in the global batch.
             global_batch: its size; needed if stratified.
             device: must be the process's device, which is also the default.
 
         Returns:
-            (batch,) int64, or float32 on a continuous schedule.
+            (batch,) int64, or float32 below 1 on a continuous schedule.
 
         Raises:
-            ValueError: sizes that do not fit, a missing global_batch, or another device.
+            ValueError: sizes that do not fit, a missing global_batch, another device, or a seed or step out of
+                range.
         """
         if batch < 1 or rank_offset < 0:
             raise ValueError(f"batch={batch} must be at least 1 and rank_offset={rank_offset} at least 0")
@@ -196,11 +200,12 @@ class Process(Tables):
         if self.stratified and global_batch is None:
             raise ValueError("stratified times need global_batch, the number of samples over all ranks")
         own = self.rule_mean.device
+        seed, step = philox.scalar("seed", seed, 64, own), philox.scalar("step", step, 32, own)
         if device is not None and torch.empty(0, device=device).device != own:
             raise ValueError(f"device={device} is not the process's ({own}); move it with .to() first")
         ids = torch.arange(batch, dtype=torch.int64, device=own) + rank_offset
         t = self.times.draw(uniform_numbers(seed, step, ids, global_batch if self.stratified else None))
-        return t if self.discrete else t.to(torch.float32)
+        return t if self.discrete else t.to(torch.float32).clamp(max=LATEST_TIME)
 
     def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Coefficients:
         """Everything that training needs at these times.
@@ -288,9 +293,6 @@ class Process(Tables):
             w = w * kappa(point.alpha, point.sigma, c, SPACES[self.loss_space](point), self.clip).square()
         if self.as_sampling:
             w = w * self.times.importance(t)
-        if self.weighting.space == "eps":
-            # At SNR 0 the ERD authors' code has 1. Not torch.where: it would copy the 1 from the host to a GPU.
-            w = w.masked_fill(self.schedule.alpha_sigma(t)[0] == 0, 1.0)
         return w.clamp(max=LARGEST_WEIGHT)
 
     def _rule(self, t: Tensor, point: Point, c: Pair) -> Tensor:
@@ -307,6 +309,21 @@ class Process(Tables):
         """Mean of the rule under the time sampler, 0-d."""
         point = self.schedule.point(self.times.nodes)
         return (self.times.masses * self._rule(self.times.nodes, point, self.target(point))).sum()
+
+    @torch.no_grad()
+    def _check_numbers(self) -> None:
+        """ValueError where legal options are so extreme that numbers overflow or every weight vanishes."""
+        if any(parameter.device.type != "cpu" for parameter in self.parameters()):
+            return  # made under another default device: the tables are on the CPU, the parameters not
+        nodes = self.times.nodes
+        ends = nodes[:0] if self.discrete else nodes.new_tensor([0.0, 1.0])
+        mean = float(self._average_rule())
+        values = self.coefficients(torch.cat([nodes, ends]))
+        if math.isfinite(mean) and mean > 0 and all(bool(v.isfinite().all()) for v in values) and float(values.w.max()):
+            return
+        names = ("noise_scale", "logit_mean", "logit_std", "gamma", "p2_k", "sigmoid_bias", "k_init")
+        given = ", ".join(f"{name}={self._settings[name]!r}" for name in names)
+        raise ValueError(f"these options give weights that vanish, or numbers that overflow: {given}")
 
 
 def check_ranges(settings: dict[str, Any]) -> None:

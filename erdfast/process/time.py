@@ -80,7 +80,8 @@ class LogitNormal(UnitSampler):
 
     def density(self, t: Tensor) -> Tensor:
         normal = torch.exp(-0.5 * self.standard(t).square()) / math.sqrt(2.0 * math.pi)
-        return normal / (self.logit_std * t * (1.0 - t))
+        spread = t * (1.0 - t)
+        return (normal / (self.logit_std * spread)).masked_fill(spread == 0, 0.0)
 
 
 class UniformLogsnr(UnitSampler):

@@ -98,13 +98,15 @@ def table_levels(table: np.ndarray, steps: int, level_set: str = "edm") -> Level
         level_set: a name of LEVEL_SETS.
 
     Raises:
-        ValueError: unknown level set, or fewer than one step.
+        ValueError: unknown level set, fewer than one step, or a table that is too short for the level set.
     """
     if level_set not in LEVEL_SETS:
         raise ValueError(f"level set {level_set!r} is not one of {sorted(LEVEL_SETS)} for a discrete process")
-    _check_steps(steps)
+    check_whole("steps", steps, 1)
     wanted = LEVEL_SETS[level_set](table, steps)
     labels = np.abs(table[None, :] - wanted[:, None]).argmin(axis=1)
+    if not np.isfinite(wanted).all() or np.any(np.diff(labels) > 0):
+        raise ValueError(f"level set {level_set!r} does not descend on num_timesteps={len(table)}; choose another")
     sigmas = tuple(float(table[label]) for label in labels)
     return Levels((*sigmas, 0.0), tuple(int(label) for label in labels), sigmas[0])
 
@@ -119,7 +121,7 @@ def uniform_levels(process: Process, steps: int) -> Levels:
     Raises:
         ValueError: fewer than one step.
     """
-    _check_steps(steps)
+    check_whole("steps", steps, 1)
     schedule = process.schedule
     start = 1.0
     if _velocity_gain(process, start) > LARGEST_LEVEL:
@@ -143,9 +145,12 @@ def _device_of(process: Process) -> torch.device:
     return torch.device("cpu") if held is None else held.device
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+def check_whole(name: str, value: int, least: int) -> None:
+    """ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def make_levels(process: Process, steps: int, level_set: str | None = None) -> Levels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +14,22 @@ from torch import Tensor
 from erdfast.atomic import atomic_write
 
 
-def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
+def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = None, first: int = 0) -> Tensor:
     """The classes in turn, so that each comes equally often (within one): (num,) int64.
 
     Args:
         num: number of labels, at least 0.
         num_classes: classes that the model knows.
         classes: the classes to take, in this order; None means all.
+        first: how many labels come before these.
 
     Raises:
-        ValueError: no class to choose from, or a class outside 0..num_classes-1.
+        ValueError: no class to choose from, a class that is no integer, or one outside 0..num_classes-1.
     """
-    chosen = list(range(num_classes)) if classes is None else [int(c) for c in classes]
+    try:
+        chosen = list(range(num_classes)) if classes is None else [operator.index(c) for c in classes]
+    except TypeError as error:
+        raise ValueError(f"classes must be integers, got {classes}") from error
     if num < 0:
         raise ValueError(f"num must be at least 0, got {num}")
     if not chosen:
@@ -32,7 +37,7 @@ def default_labels(num: int, num_classes: int, classes: Sequence[int] | None = N
     outside = sorted({c for c in chosen if not 0 <= c < num_classes})
     if outside:
         raise ValueError(f"classes {outside} are not within 0..{num_classes - 1}")
-    return torch.tensor(chosen, dtype=torch.int64)[torch.arange(num) % len(chosen)]
+    return torch.tensor(chosen, dtype=torch.int64)[(torch.arange(num) + first % len(chosen)) % len(chosen)]
 
 
 def save_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray | Tensor | None = None) -> Path:
@@ -54,7 +59,10 @@ def save_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarra
         raise ValueError(f"images must be uint8 NHWC with 1 or 3 channels, got {images.dtype} {images.shape}")
     arrays = {"arr_0": np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images}
     if labels is not None:
-        arrays["arr_1"] = np.asarray(labels).astype(np.int64)
+        given = np.asarray(labels)
+        if given.dtype.kind not in "iu":
+            raise ValueError(f"labels must be integers, got {given.dtype}")
+        arrays["arr_1"] = given.astype(np.int64)
         if arrays["arr_1"].shape != images.shape[:1]:
             raise ValueError(f"{len(images)} images but labels of shape {arrays['arr_1'].shape}")
     with atomic_write(path) as stream:

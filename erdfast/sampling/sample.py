@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from erdfast.philox import normal
+from erdfast.philox import normal, scalar
 from erdfast.sampling.guidance import FULL_INTERVAL, Guided, check_guidance
-from erdfast.sampling.levels import make_levels
+from erdfast.sampling.levels import check_whole, make_levels
 from erdfast.sampling.output import default_labels
 from erdfast.sampling.samplers import SAMPLERS, STATE_DTYPES
 
@@ -29,7 +29,7 @@ def initial_latents(seed: int, ids: Tensor, shape: tuple[int, int, int]) -> Tens
     """Standard normal starting points, a function of (seed, image id) alone.
 
     Args:
-        seed: of the run.
+        seed: of the run, in 0..2^64-1.
         ids: (B,) int64 on the device wanted.
         shape: (C, H, W) of an image.
 
@@ -37,7 +37,7 @@ def initial_latents(seed: int, ids: Tensor, shape: tuple[int, int, int]) -> Tens
         (B, C, H, W) float64.
     """
     channels, height, width = shape
-    flat = normal(seed, 0, ids, channels * height * width, domain="latent")
+    flat = normal(scalar("seed", seed, 64, ids.device), 0, ids, channels * height * width, domain="latent")
     return flat.reshape(len(ids), channels, height, width)
 
 
@@ -75,8 +75,9 @@ def _resolve_labels(
     classes: Sequence[int] | None,
 ) -> Tensor | None:
     """(num,) int64 labels on the CPU, or None for an unconditional model."""
-    if first_id < 0:
-        raise ValueError(f"first_id must be at least 0, got {first_id}")
+    check_whole("first_id", first_id, 0)
+    if first_id + num > 2**63:
+        raise ValueError(f"first_id must leave the last image below 2^63, got {first_id}")
     if labels is not None and classes is not None:
         raise ValueError("give labels (one per image) or classes (taken in turn), not both")
     if num_classes == 0:
@@ -84,8 +85,11 @@ def _resolve_labels(
             raise ValueError("labels or classes were given, but the model is unconditional")
         return None
     if labels is None:
-        return default_labels(first_id + num, num_classes, classes)[first_id:]
-    y = torch.as_tensor(labels, dtype=torch.int64).cpu()
+        return default_labels(num, num_classes, classes, first_id)
+    y = torch.as_tensor(labels).cpu()
+    if y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"labels must be integers, got {y.dtype}")
+    y = y.to(torch.int64)
     if y.shape != (num,):
         raise ValueError(f"labels must have shape ({num},), got {tuple(y.shape)}")
     outside = y[(y < 0) | (y > num_classes)].unique().tolist()
@@ -130,7 +134,7 @@ def sample(
         steps: N >= 1; Heun's samplers call the network 2N - 1 times.
         sampler: a name of SAMPLERS that suits the process (SAMPLER_KINDS); None: `edm_heun` or `heun`.
         level_set: a name of LEVEL_SETS for a discrete process; None: `edm`.
-        seed: of the starting noise.
+        seed: of the starting noise, in 0..2^64-1.
         first_id: number of the first image, for runs that draw a part of the whole; classes in turn count from 0.
         batch_size: images at a time, at least 1; under guidance the network sees twice as many.
         state_dtype: float32 or float64, of the sampler's state; the network always receives float32.
@@ -145,8 +149,8 @@ def sample(
         ValueError: any argument outside the ranges above.
     """
     name = resolve_sampler(process, sampler)
-    if num < 1 or batch_size < 1:
-        raise ValueError(f"num and batch_size must be at least 1, got {num} and {batch_size}")
+    for what, count in (("num", num), ("batch_size", batch_size), ("steps", steps)):
+        check_whole(what, count, 1)
     if state_dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype {state_dtype} is not one of {STATE_DTYPES}")
     check_guidance(cfg_scale, interval)

@@ -75,7 +75,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in complete_checkpoints(folder)[:-keep_last]:
-        _remove(old)
+        if old != target:
+            _remove(old)
     return target
 
 
@@ -89,6 +90,11 @@ def _remove(checkpoint: Path) -> None:
 
 def _temporary(folder: Path, step: int) -> Path:
     return folder / f".{step:08d}.partial"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of a step."""
+    return run / "checkpoints" / f"{step:08d}"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from erdfast.data import Dataset, GaussianMixture
 from erdfast.data.images import save_image_grid
 from erdfast.models import Backbone
 from erdfast.models.flops import forward_flops
-from erdfast.process import Process
+from erdfast.process import Coefficients, Process
 from erdfast.sampling import sample
 
 from .figures import save_summary
@@ -88,10 +88,11 @@ def _bayes_floor(dataset: Dataset, process: Process) -> list[tuple[float, float]
     """(log-SNR, least possible error of a network that knows the class), over the levels that training draws."""
     if not isinstance(dataset, GaussianMixture) or dataset.num_classes > 100:
         return None  # the estimate visits every mode: with a thousand classes it would take minutes
-    logsnr = torch.linspace(LOGSNR_EDGES[0], LOGSNR_EDGES[-1], 41, dtype=torch.float64)
+    where = process.rule_mean.device
+    logsnr = torch.linspace(LOGSNR_EDGES[0], LOGSNR_EDGES[-1], 41, dtype=torch.float64, device=where)
     t = process.schedule.t_from_logsnr(logsnr)
-    coef = process.coefficients(t, dtype=torch.float64)
     with torch.no_grad():
+        coef = Coefficients(*(value.cpu() for value in process.coefficients(t, dtype=torch.float64)))
         floor = dataset.bayes_floor(coef.alpha, coef.sigma, coef.c_x, coef.c_eps, conditional=True)
     points = dict(zip(coef.logsnr.tolist(), floor.tolist(), strict=True))
     return sorted(points.items())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +36,11 @@ def create_run_directory(config: TrainConfig, parent: Path = Path("runs")) -> Pa
 
 
 def _named(path: Path) -> Path:
-    if (path / "config.json").exists():
-        raise ValueError(f"{path} already holds a run: continue it with --resume {path}, or choose another --out")
+    for name in ("config.json", "checkpoints", "metrics.jsonl", "model.safetensors"):
+        if (path / name).exists():
+            raise ValueError(
+                f"{path} already holds a run ({name}): continue it with --resume {path}, or choose another --out"
+            )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -65,10 +71,35 @@ def load_run_config(run: Path) -> TrainConfig:
     """
     path = run / "config.json"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{run} is not a run directory: {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} does not hold the options of a training run ({error})") from error
     return TrainConfig.from_json(text, str(path))
+
+
+@contextlib.contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Keep other processes from training in this directory; the system releases the lock even after a kill.
+
+    Raises:
+        ValueError: another process trains there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: no such lock
+        yield
+        return
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{run} is being trained by another process") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def describe_environment() -> dict[str, str]:

@@ -19,7 +19,7 @@ from erdfast.models import Backbone
 from erdfast.models.flops import training_flops
 from erdfast.process import Process
 
-from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, publish, save_checkpoint
+from .checkpoint import Checkpoint, checkpoint_path, load_checkpoint, newest_checkpoint, publish, save_checkpoint
 from .ema import Ema
 from .health import Health, check_weights
 from .interrupt import Interrupt
@@ -156,6 +156,8 @@ class Trainer:
             config.seed, self.step, config.batch_size, len(self.dataset), rank_offset=offset, count=count
         )
         batch = self.dataset.gather(indices)
+        if self.device.type == "cuda":  # only copies from pinned memory leave the host free
+            batch = Batch(batch.x.pin_memory(), batch.y.pin_memory(), batch.moments_scale)
         x, y = (part.to(self.device, non_blocking=True) for part in batch[:2])
         return Batch(x, y, batch.moments_scale)
 
@@ -209,7 +211,7 @@ class Trainer:
 
     def finish(self) -> Path:
         """Publish the averaged weights and draw summary.png; returns the picture's path."""
-        publish(newest_checkpoint(self.run), self.run)
+        publish(checkpoint_path(self.run, self.step), self.run)
         images = None
         if self.config.preview.sample_every and self._affordable():
             images = self.preview.draw(self.ema_model)
@@ -262,6 +264,10 @@ class Trainer:
         Raises:
             ValueError: there is none, or it belongs to another network.
         """
+        published = (self.run / "model.safetensors").exists()
+        if not published and not any((self.run / "checkpoints").glob("[0-9]*")):
+            self.say(f"{self.run} was interrupted before its first checkpoint: starting from step 0")
+            return
         path = newest_checkpoint(self.run)
         checkpoint = load_checkpoint(path)
         groups = self._groups(checkpoint)
@@ -270,6 +276,8 @@ class Trainer:
         self.ema.module.load_state_dict(groups["ema"])
         load_optimizer_tensors(self.optimizer, self.parameters, groups["optimizer"])
         if self.scaler.is_enabled():
+            if not checkpoint.numbers.get("scaler"):
+                raise ValueError(f"checkpoint {path} holds no loss scale, which fp16 needs")
             self.scaler.load_state_dict(checkpoint.numbers["scaler"])
         self.step = checkpoint.step
 
@@ -288,6 +296,8 @@ class Trainer:
         weights = {name: value.shape for name, value in self.trained.state_dict().items()}
         moments = {f"{n}/{m}": p.shape for n, p in self.parameters.items() for m in ("exp_avg", "exp_avg_sq")}
         moments |= {f"{name}/step": torch.Size() for name in self.parameters}
+        if int(path.name) == 0:  # AdamW makes its state at the first step
+            moments = {}
         for group, wanted in {"weights": weights, "ema": weights, "optimizer": moments}.items():
             found = {name: value.shape for name, value in groups[group].items()}
             wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

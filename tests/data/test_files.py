@@ -1,5 +1,9 @@
+import io
+import json
 import os
+import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +266,80 @@ def test_another_shape_is_refused(tmp_path):
         opened(tmp_path / "l.npy", shape=(4, 32, 32))
     with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
         opened(tmp_path / "l.npy", num_classes=-1)
+
+
+def safetensors_bytes(header: dict, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def npy_bytes(shape: tuple[int, ...], data: bytes) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return stream.getvalue() + data
+
+
+def test_a_member_never_reads_into_the_next(tmp_path):
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+            archive.writestr("latents.npy", npy_bytes((4, 1, 2, 2), b"\0" * 32))
+            archive.writestr("other.npy", npy_bytes((64,), b"\1" * 256))
+        with pytest.raises(ValueError, match=r"a\.npz.*ends early: 'latents' needs"):
+            opened(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("offsets", [[-64, 0], [64, 0], [0.0, 64.0], [0, 2**70]])
+def test_safetensors_offsets_must_lie_within_the_data(tmp_path, offsets):
+    header = {"latents": {"dtype": "F32", "shape": [4, 1, 2, 2], "data_offsets": offsets}}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, b"\0" * 64))
+    with pytest.raises(ValueError, match=r"a\.safetensors.*'latents' lies at bytes"):
+        opened(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(10**12, 2, 4, 4), (-4, -1, 2, 2), (-1, 1, 2, 2), (2**70, 1, 2, 2)])
+def test_impossible_shapes_are_named(tmp_path, shape):
+    array = npy_bytes(shape, b"\0" * 64)
+    (tmp_path / "a.npy").write_bytes(array)
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / f"a{compression}.npz", "w", compression) as archive:
+            archive.writestr("latents.npy", array)
+    header = {"latents": {"dtype": "F32", "shape": shape, "data_offsets": [0, 64]}}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, b"\0" * 64))
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match=path.name):
+            opened(path)
+
+
+def test_missing_external_storage_is_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("train_latents", (3, 8, 4, 4), "f4", external=[("gone.bin", 0, 3 * 8 * 16 * 4)])
+    (tmp_path / "gone.bin").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"a\.h5"):
+        opened(tmp_path / "a.h5")
+
+
+def test_entries_that_are_not_used_may_be_anything(tmp_path):
+    values, labels = latents(), np.arange(11)
+    np.savez(tmp_path / "a.npz", latents=values, labels=labels, scale=0.18215, names=np.array(["a", "b"]))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("readme.txt", "hello")
+    header = {
+        "latents": {"dtype": "F32", "shape": values.shape, "data_offsets": [4, 4 + values.nbytes]},
+        "extra": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]},
+    }
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, b"\0" * 4 + values.tobytes()))
+    for name in ("a.npz", "a.safetensors"):
+        np.testing.assert_array_equal(everything(opened(tmp_path / name)).x.numpy(), values)
+    h5py = pytest.importorskip("h5py")
+    moments = np.abs(values)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["train_latents"], file["text"], file["scale"] = moments, ["a", "b"], 0.5
+        file["broken"] = h5py.SoftLink("/nowhere")
+    np.testing.assert_array_equal(everything(opened(tmp_path / "a.h5")).x.numpy(), moments)
+
+
+def test_a_label_that_means_too_many_classes_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", latents=latents(2), labels=np.array([0, 2**40]))
+    with pytest.raises(ValueError, match=r"a\.npz.*classes.*1099511627776"):
+        opened(tmp_path / "a.npz")

@@ -190,3 +190,16 @@ def test_one_mode_per_class_knows_everything():
     floor = data.bayes_floor(alpha, sigma, torch.ones(1), torch.zeros(1), conditional=True)
     assert float(floor) == pytest.approx(exact, rel=1e-7)
     assert math.isfinite(float(data.bayes_floor(alpha, sigma, torch.ones(1), torch.zeros(1))))
+
+
+def test_labels_and_counts_that_cannot_be_are_refused():
+    data = GaussianMixture((1, 4, 4), num_classes=3)
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        data.bayes_floor(one, one, one, one, num_samples=0)
+    x = torch.zeros(2, 1, 4, 4)
+    for y in (torch.tensor([0.0, 1.0]), torch.tensor([True, False]), torch.zeros(0, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="y must hold 2 integer labels"):
+            data.posterior(x, 1.0, 1.0, y)
+    with pytest.raises(ValueError, match="y must hold 0 integer labels"):
+        data.posterior(x[:0], 1.0, 1.0, torch.zeros(0, dtype=torch.int64))

@@ -93,3 +93,8 @@ def test_bad_input() -> None:
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.inf))
     with pytest.raises(ValueError, match="at least 1"):
         FeatureStatistics(0)
+
+
+def test_features_without_a_second_dimension_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features must be \(N, \.\.\.\).*\(5,\)"):
+        FeatureStatistics.of(torch.zeros(5))

@@ -1,5 +1,6 @@
 """add_noise: every back end against the definition in float64."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,11 @@ def test_conversions_round_as_pytorch_does(dtype, value) -> None:
     torch.testing.assert_close(back, x0.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_numpy_integers_are_seeds() -> None:
+    x0, coef = torch.randn(2, 5), make_coefficients(2)
+    assert torch.equal(add_noise(x0, coef, NoiseKey(np.uint64(3))), add_noise(x0, coef, NoiseKey(3)))  # pyright: ignore[reportArgumentType]
+
+
 def test_gradient_in_x0(device_backend) -> None:
     device, backend = device_backend
     x0 = torch.randn(3, 2, 5, device=device, requires_grad=True)
@@ -155,6 +161,12 @@ def test_bad_input_is_named() -> None:
         (lambda: add_noise(x0, coef, NoiseKey(1.5)), "seed is 1.5"),  # pyright: ignore[reportArgumentType]
         (lambda: add_noise(x0, coef, NoiseKey(1, 2, torch.arange(3))), "sample_ids"),
         (lambda: add_noise(x0, coef, noise=torch.zeros(2, 3)), "noise has shape"),
+        (lambda: add_noise(x0, coef, x0), "key is a Tensor.*noise="),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise(x0, coef, NoiseKey(1, 2, [0, 1])), "sample_ids is a list"),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise([0.0], coef, key), "x0 is a list"),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise(x0, coef._replace(alpha=0.5), key), "alpha is a float"),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise(x0, coef, key, dtype="float16"), "dtype is 'float16'"),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise(x0, coef, noise=x0.clone().requires_grad_()), "gradients for noise"),
         (lambda: add_noise(Moments(torch.zeros(2, 3, 4)), coef, key), "must be even"),
     ]
     for call, message in cases:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from erdfast.ops import Moments, NoiseKey, add_noise, diffusion_loss
 from erdfast.ops.diffusion_loss import _diffusion_loss
@@ -159,6 +160,47 @@ def test_compiles_whole_without_recompilation() -> None:
             (wanted,) = torch.autograd.grad(step(*arguments), weight)
             (got,) = torch.autograd.grad(compiled(*arguments), weight)
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_checkpointing(dtype) -> None:
+    x0, coef, key = torch.randn(3, 8).to(dtype), make_coefficients(3), make_key(3)
+    pred = torch.randn(3, 8).to(dtype).requires_grad_()
+
+    def loss(a: torch.Tensor) -> torch.Tensor:
+        return diffusion_loss(a * 2, x0, coef, key)
+
+    (wanted,) = torch.autograd.grad(loss(pred), pred)
+    checkpoint(loss, pred, use_reentrant=False).backward()
+    assert pred.grad is not None
+    torch.testing.assert_close(pred.grad, wanted)
+
+
+def test_a_kept_graph_does_not_share_its_gradient() -> None:
+    pred, x0, coef, key = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8), make_coefficients(3), make_key(3)
+    loss = diffusion_loss(pred, x0, coef, key)
+    (first,) = torch.autograd.grad(loss, pred, retain_graph=True)
+    wanted = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, pred)
+    assert torch.equal(second, wanted)
+
+
+def test_large_weights_do_not_overflow() -> None:
+    pred, x0 = torch.full((1, 40_000), 3.0), torch.zeros(1, 40_000)
+    coef = make_coefficients(1)._replace(w=torch.full((1,), 1e34), c_x=torch.zeros(1), c_eps=torch.zeros(1))
+    assert float(diffusion_loss(pred, x0, coef, make_key(1))) == pytest.approx(9e34)
+
+
+def test_gradients_that_nobody_wants_are_no_obstacle() -> None:
+    x0 = torch.randn(3, 8, requires_grad=True)
+    with torch.no_grad():
+        assert torch.isfinite(diffusion_loss(torch.randn(3, 8), x0, make_coefficients(3), make_key(3)))
+
+
+def test_float64_noise_makes_a_float64_loss() -> None:
+    pred, x0, noise = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8, dtype=torch.float64)
+    assert diffusion_loss(pred, x0, make_coefficients(3), noise=noise).dtype == torch.float64
 
 
 def test_second_derivatives_are_refused_not_wrong() -> None:

@@ -232,3 +232,34 @@ def test_network_time():
     assert torch.equal(process.coefficients(t).time, torch.tensor([0.0, 400.0, 996.0]))
     assert process.schedule.network_time_range == (0.0, 996.0)
     assert torch.equal(Process("flow").coefficients(torch.tensor([0.25])).time, torch.tensor([0.25]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "sigmoid", "sigmoid_bias": -1000.0, "normalize": True},
+        {"weighting": "sigmoid", "sigmoid_bias": -1000.0},
+        {"weighting": "p2", "gamma": 3000.0, "as_sampling": True},
+        {"schedule": "flow", "weighting": "p2", "gamma": 3000.0, "as_sampling": True},
+        {"noise_scale": 1e300},
+        {"schedule": "flow", "noise_scale": 1e300},
+        {"schedule": "flow", "target": "k", "noise_scale": 1e300},
+    ],
+)
+def test_extreme_options_are_refused_or_give_finite_numbers(options):
+    with pytest.raises(ValueError, match="noise_scale="):
+        Process(**options)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_a_compiled_draw_takes_changing_integers(schedule, stratified):
+    torch._dynamo.reset()
+    process = Process(schedule, "v", stratified=stratified)
+    compiled = torch.compile(
+        lambda seed, step: process.sample_time(4, seed=seed, step=step, global_batch=4),
+        fullgraph=True,
+        backend="eager",
+    )
+    for seed, step in ((1, 0), (2, 1), (3, 7), (2**63 - 1, 2**32 - 1), (2**63 + 1, 5), (2**64 - 1, 6), (5, 2)):
+        assert torch.equal(compiled(seed, step), process.sample_time(4, seed=seed, step=step, global_batch=4))

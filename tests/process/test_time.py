@@ -138,3 +138,19 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match=r"\.to\(\)"):
         process.sample_time(4, seed=0, step=0, global_batch=4, device="meta")
     assert process.sample_time(4, seed=0, step=0, global_batch=4, device="cpu").shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "name"),
+    [(2**64, 0, "seed"), (-1, 0, "seed"), (1.5, 0, "seed"), (1, 2**32, "step"), (1, -1, "step")],
+)
+def test_seeds_and_steps_out_of_range_are_refused(seed, step, name):
+    with pytest.raises(ValueError, match=f"{name} is "):
+        Process().sample_time(2, seed=seed, step=step)
+
+
+def test_drawn_times_stay_below_1():
+    process = Process("flow", "u", "constant", time_sampler="logit_normal", logit_std=5.0, logit_mean=5.0)
+    t = process.sample_time(1 << 16, seed=1, step=1)
+    assert t.dtype == torch.float32
+    assert t.max() == 1.0 - 2.0**-24

@@ -175,12 +175,28 @@ def test_weights_in_other_spaces_are_finite(schedule, space):
         assert all(values.isfinite().all() for values in process.coefficients(legal_times(process)))
 
 
-def test_weight_is_1_where_the_snr_is_0():
-    for name in EPS_SPACE:
-        for target in SPACES:
-            for as_sampling in (False, True):
-                process = Process("flow", target, name, as_sampling=as_sampling)
-                assert process.coefficients(torch.tensor([1.0])).w == 1
+@pytest.mark.parametrize("schedule", ["flow", "vp", "gvp", "logsnr_uniform"])
+def test_weights_do_not_jump_at_the_ends(schedule):
+    """Held at their value for |log-SNR| = 20, which `flow` reaches at 1 - 5e-5."""
+    near = torch.tensor([0.0, 1e-12, 1.0 - 1e-12, 1.0], dtype=torch.float64)
+    for name in WEIGHTINGS:
+        for target in TARGETS:
+            for as_sampling in (False, True) if target in SPACES else (False,):
+                process = Process(schedule, target, name, as_sampling=as_sampling)
+                w = process.coefficients(near, dtype=torch.float64).w.detach()
+                torch.testing.assert_close(w[[0, 3]], w[[1, 2]], rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("sampler", TIME_SAMPLERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_logsnr_allocation_is_finite_at_the_ends(schedule, sampler):
+    for target in TARGETS:
+        for as_sampling in (False, True) if target in SPACES else (False,):
+            process = Process(
+                schedule, target, "erd", allocation="logsnr", time_sampler=sampler, as_sampling=as_sampling
+            )
+            ends = torch.tensor([0, 999] if process.discrete else [0.0, 1.0])
+            assert all(values.isfinite().all() for values in process.coefficients(ends))
 
 
 def test_erd_in_another_space_keeps_the_networks_omega():

@@ -122,3 +122,21 @@ def test_bad_input() -> None:
     for schedule in ("cosine", "flow"):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             make_levels(Process(schedule=schedule), 0)
+
+
+@pytest.mark.parametrize("size", range(2, 40))
+@pytest.mark.parametrize("level_set", sorted(LEVEL_SETS))
+def test_levels_of_a_short_table_descend_or_are_refused(size: int, level_set: str) -> None:
+    process = Process(schedule="cosine", num_timesteps=size)
+    try:
+        levels = make_levels(process, 8, level_set)
+    except ValueError as error:
+        assert level_set == "vp"
+        assert f"num_timesteps={size}" in str(error)  # noqa: PT017
+    else:
+        assert np.all(np.diff(levels.positions) <= 0.0)
+
+
+def test_vp_levels_need_a_table_that_is_long_enough() -> None:
+    with pytest.raises(ValueError, match="'vp' does not descend on num_timesteps=2"):
+        make_levels(Process(schedule="cosine", num_timesteps=2), 8, "vp")

@@ -68,3 +68,12 @@ def test_bad_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 images but labels of shape"):
         save_npz(tmp_path / "x.npz", np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int64))
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_that_are_no_integers_are_refused(tmp_path) -> None:
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    for labels in ([1.7, float("nan")], [1.0, 2.0], ["a", "b"]):
+        with pytest.raises(ValueError, match="labels must be integers"):
+            save_npz(tmp_path / "a.npz", images, np.array(labels))
+    assert not (tmp_path / "a.npz").exists()
+    assert default_labels(3, 10, first=2**62 + 9).tolist() == [(2**62 + 9 + i) % 10 for i in range(3)]

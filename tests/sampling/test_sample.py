@@ -187,9 +187,17 @@ def test_every_sampler_suits_one_kind() -> None:
     ("arguments", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"num": 0}, "at least 1, got 0 and 256"),
+        ({"num": 0}, "num must be at least 1, got 0"),
+        ({"num": 1.0}, r"num must be an integer, got 1\.0"),
+        ({"steps": 2.5}, r"steps must be an integer, got 2\.5"),
+        ({"seed": 2**70}, r"seed is .*below 2\^64"),
+        ({"seed": -1}, r"seed is -1"),
+        ({"seed": 1.5}, r"seed is 1\.5"),
+        ({"labels": [1.7, 0.0]}, "labels must be integers"),
+        ({"classes": [1.7]}, "classes must be integers"),
+        ({"first_id": 2**63 - 1}, "first_id"),
         ({"first_id": -1}, "first_id must be at least 0, got -1"),
-        ({"batch_size": 0}, "at least 1, got 2 and 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"sampler": "ddim"}, r"'ddim' is not one of \['edm_heun', 'edm_euler'\]"),
         ({"sampler": "heun"}, "for a discrete process"),
         ({"level_set": "uniform"}, "'uniform' is not one of"),
@@ -212,3 +220,12 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
 def test_discrete_samplers_are_refused_for_continuous_processes() -> None:
     with pytest.raises(ValueError, match=r"'edm_heun' is not one of \['heun', 'euler'\] for a continuous process"):
         sample(ConvNetwork(), Process(schedule="flow"), num=1, sampler="edm_heun")
+
+
+def test_a_late_first_id_costs_nothing() -> None:
+    model, process = ConvNetwork(), Process(schedule="flow", target="u")
+    late = sample(model, process, num=2, steps=1, first_id=2**40 + 1)
+    again = sample(model, process, num=2, steps=1, first_id=2**40 + 1, labels=[(2**40 + 1) % 3, (2**40 + 2) % 3])
+    assert torch.equal(late, again)
+    largest = sample(model, process, num=1, steps=1, seed=2**64 - 1)
+    assert not torch.equal(largest, sample(model, process, num=1, steps=1, seed=2**63 - 1))

@@ -52,6 +52,24 @@ def without_speed(run: Path) -> list[dict]:
     ]
 
 
+def test_killed_before_the_first_checkpoint(tmp_path, capsys, undisturbed):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(undisturbed / "config.json", run)
+    assert run_here("--resume", run) == 0
+    assert "starting from step 0" in capsys.readouterr().out
+    assert_same_bits(all_tensors(run), all_tensors(undisturbed))
+
+
+def test_stopped_before_the_first_step(tmp_path):
+    first = tiny_trainer(tmp_path, steps=3)
+    first.save()
+    second = tiny_trainer(tmp_path, steps=3)
+    second.restore()
+    assert second.step == 0
+    assert second.train() is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resuming_changes_nothing(tmp_path, capsys, undisturbed, number):
     run = tmp_path / "run"
