@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -156,27 +155,12 @@ def _key_tensors(
     ids = torch.arange(batch, device=device) if key.sample_ids is None else key.sample_ids
     if ids.device != device:
         raise ValueError(f"sample_ids is on {ids.device}, x0 on {device}; they must share a device")
-    return _scalar("seed", key.seed, 64, device), _scalar("stream", key.stream, 32, device), ids.contiguous()
-
-
-def _scalar(name: str, value: int | Tensor, bits: int, device: torch.device) -> Tensor:
-    """A 0-d int64 tensor on `device`; filling one there needs no synchronisation."""
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
-            raise ValueError(
-                f"{name} is a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}; "
-                f"it must be one int64 on {device}"
-            )
-        return value.reshape(())
-    if isinstance(value, bool) or not (isinstance(value, torch.SymInt) or hasattr(value, "__index__")):
-        raise ValueError(f"{name} is {value!r}; it must be an int or an int64 tensor with one element")
-    if not isinstance(value, torch.SymInt):
-        value = operator.index(value)  # NumPy's integers too
-    if isinstance(value, int) and not 0 <= value < 2**bits:
-        raise ValueError(f"{name} is {value}; it must be at least 0 and below 2^{bits}")
-    if bits == 64 and isinstance(value, int):
-        value = philox.signed64(value)
-    return torch.full((), value, dtype=torch.int64, device=device)
+    seed = philox.scalar("seed", key.seed, 64, device)
+    stream = philox.scalar("stream", key.stream, 32, device)
+    for name, value in (("seed", seed), ("stream", stream)):
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}, x0 on {device}; they must share a device")
+    return seed, stream, ids.contiguous()
 
 
 def column(coefficient: Tensor, like: Tensor) -> Tensor:

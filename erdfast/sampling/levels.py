@@ -103,10 +103,14 @@ def table_levels(table: np.ndarray, steps: int, level_set: str = "edm") -> Level
     if level_set not in LEVEL_SETS:
         raise ValueError(f"level set {level_set!r} is not one of {sorted(LEVEL_SETS)} for a discrete process")
     check_whole("steps", steps, 1)
-    wanted = LEVEL_SETS[level_set](table, steps)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = LEVEL_SETS[level_set](table, steps)
+    if not np.isfinite(wanted).all() or np.any(np.diff(wanted) > 0):
+        raise ValueError(
+            f"level set {level_set!r} does not descend from {table[-1]:.3g} to {table[0]:.3g}, the ends of the table "
+            f"of num_timesteps={len(table)}; choose another"
+        )
     labels = np.abs(table[None, :] - wanted[:, None]).argmin(axis=1)
-    if not np.isfinite(wanted).all() or np.any(np.diff(labels) > 0):
-        raise ValueError(f"level set {level_set!r} does not descend on num_timesteps={len(table)}; choose another")
     sigmas = tuple(float(table[label]) for label in labels)
     return Levels((*sigmas, 0.0), tuple(int(label) for label in labels), sigmas[0])
 

@@ -239,16 +239,35 @@ def test_network_time():
     [
         {"weighting": "sigmoid", "sigmoid_bias": -1000.0, "normalize": True},
         {"weighting": "sigmoid", "sigmoid_bias": -1000.0},
-        {"weighting": "p2", "gamma": 3000.0, "as_sampling": True},
-        {"schedule": "flow", "weighting": "p2", "gamma": 3000.0, "as_sampling": True},
+        {"weighting": "p2", "gamma": 3000.0, "p2_k": 1000.0},
         {"noise_scale": 1e300},
         {"schedule": "flow", "noise_scale": 1e300},
         {"schedule": "flow", "target": "k", "noise_scale": 1e300},
     ],
 )
-def test_extreme_options_are_refused_or_give_finite_numbers(options):
-    with pytest.raises(ValueError, match="noise_scale="):
+def test_options_that_leave_no_numbers_are_refused(options):
+    with pytest.raises(ValueError, match=r"these options give weights that vanish.*noise_scale="):
         Process(**options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("as_sampling", [False, True])
+def test_extreme_options_are_refused_or_give_finite_numbers(schedule, as_sampling):
+    extremes: list[dict[str, Any]] = [
+        {"weighting": "p2", "gamma": 3000.0},
+        {"weighting": "p2", "gamma": 3000.0, "p2_k": 1e-3},
+        {"weighting": "sigmoid", "sigmoid_bias": -300.0},
+        {"weighting": "max_snr", "gamma": 1e30},
+        {"noise_scale": 1e30},
+        {"noise_scale": 1e-30},
+    ]
+    for target, options in itertools.product(("x0", "eps", "v"), extremes):
+        try:
+            process = Process(schedule, target, as_sampling=as_sampling, **options)
+        except ValueError:
+            continue
+        t = torch.arange(1000) if process.discrete else torch.linspace(0, 1, 101)
+        assert all(values.isfinite().all() for values in process.coefficients(t))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "flow"])
