@@ -36,7 +36,7 @@ def diffusion_loss(results: dict[str, Any]) -> str:
             f"| {row['fused_million_elements_per_s']:,.0f} | {share:.0%} "
             f"| {spread(row['over_eager'])} | {spread(row['over_compile'])} |"
         )
-    rounds = results["results"][0]["timings"]["fused"]["rounds"]
+    rounds = results["results"][0]["timings"]["beside_eager"]["fused"]["rounds"]
     lines += [
         "",
         f"{environment['device']}, torch {environment['torch']}, {environment['date']}, "
