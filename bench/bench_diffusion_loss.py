@@ -171,7 +171,7 @@ def main() -> None:
         for given_noise in (False, True)
         for work in options.work
     ]
-    # All of eager first: what the compiler allocates teaches glibc to keep memory, which eager users do not profit from.
+    # All of eager first: what the compiler allocates teaches glibc to keep memory, which plain eager code lacks.
     beside_eager = [measure(case, "eager", device, options.rounds) for case in cases]
     beside_compile = [measure(case, "compile", device, options.rounds) for case in cases]
     rows = [make_row(*row, ceiling) for row in zip(cases, beside_eager, beside_compile, strict=True)]
