@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "erdfast.presets": {"torch", "erdfast.models"},
     "erdfast.data": {"torch", "numpy", "sklearn", "h5py", "PIL", "safetensors", "erdfast.philox", "erdfast.atomic"},
     "erdfast.sampling": {"torch", "numpy", "erdfast.philox", "erdfast.process", "erdfast.atomic"},
-    "erdfast.evaluation": {"torch", "numpy", "scipy", "sklearn"},
+    "erdfast.evaluation": {"torch", "numpy", "sklearn"},
     "erdfast.config": {"erdfast.process"},
 }
 ALLOWED["erdfast.training"] = {
