@@ -40,12 +40,12 @@ def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
     """
     config = load_run_config(run)
     policy = resolve_precision(precision, device)
-    checkpoint = load_checkpoint(newest_checkpoint(run))
+    prefix = "ema/process/"
+    checkpoint = load_checkpoint(newest_checkpoint(run), prefix)
     dataset = open_data(config)
     model = build_network(config, dataset)
     process = config.process.build()
-    prefix = "ema/process/"
-    learnt = {n.removeprefix(prefix): v for n, v in checkpoint.tensors.items() if n.startswith(prefix)}
+    learnt = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items()}
     try:
         model.load_state_dict(checkpoint.model)
         process.load_state_dict(learnt)

@@ -4,7 +4,7 @@
 
 One pass over pred and x0 rebuilds eps, forms the residual r = pred - y, sums r^2, r*x0 and r*eps for each sample and
 writes dL/dpred = 2*w_b/(B*n) * r. The sums give the gradients for w, c_x and c_eps (learnable targets) and the loss
-per noise level. Backward multiplies by the incoming scalar, and does nothing at all when a CPU sees that it is 1.
+per noise level. Backward multiplies by the incoming scalar, and does nothing at all when that is 1.
 
 In float16 the gradient of a large batch lies below the smallest number (2^-24) until a loss scale lifts it. There the
 forward pass writes no gradient; backward makes it in a second pass, with the incoming scale applied before rounding.
@@ -246,17 +246,23 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 
 def _pred_gradient(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor) -> Tensor:
+    moments_scale, backend = ctx.options
     if not ctx.write_grad:
         w, _, pred, x0, c_x, c_eps, *key = saved
-        moments_scale, backend = ctx.options
         return _diffusion_loss_grad(pred, x0, c_x, c_eps, w, *key, moments_scale, grad_loss, backend)
     grad = saved[2]
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        # Nothing to wait for on a CPU; on a GPU reading the scalar would synchronise. Where the graph is kept, a second
-        # backward pass must find the gradient untouched by whoever received the first.
-        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
-        return grad.clone() if keeps_graph() else grad
-    return (grad * grad_loss).to(grad.dtype)
+    if type(grad_loss) is not Tensor or _keeps_graph():
+        # A tracer fuses the product with what follows. Where the graph is kept, a second backward pass must find the
+        # gradient untouched, also by whoever received the first.
+        return (grad * grad_loss).to(grad.dtype)
+    if backend == "triton":  # reads the scalar on the device, where 1 costs nothing; the host does not wait
+        return launcher(backend, "diffusion_loss").scale_(grad, grad_loss.float())
+    return grad if float(grad_loss) == 1.0 else (grad * grad_loss).to(grad.dtype)
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward pass runs with retain_graph=True."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _diffusion_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def save_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarra
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 NHWC with 1 or 3 channels, got {images.dtype} {images.shape}")
-    arrays = {"arr_0": np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images}
+    arrays: dict[str, Any] = {"arr_0": np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images}
     if labels is not None:
         given = np.asarray(labels)
         if given.dtype.kind not in "iu":
@@ -66,5 +67,5 @@ def save_npz(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarra
         if arrays["arr_1"].shape != images.shape[:1]:
             raise ValueError(f"{len(images)} images but labels of shape {arrays['arr_1'].shape}")
     with atomic_write(path) as stream:
-        np.savez(stream, allow_pickle=False, **arrays)
+        np.savez(stream, **arrays)  # numbers alone; NumPy 1.26 would store allow_pickle=False as an array
     return Path(path)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,15 +105,20 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, prefix: str = "") -> Checkpoint:
     """Read one checkpoint folder.
+
+    Args:
+        path: the folder.
+        prefix: of state.safetensors, read only the tensors whose names begin so: sampling needs no optimiser.
 
     Raises:
         ValueError: it is damaged or of another format; names the file.
     """
     try:
         numbers = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "state.safetensors")
+        with safe_open(path / "state.safetensors", framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys() if name.startswith(prefix)}  # noqa: SIM118
         model = load_file(path / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(

@@ -199,7 +199,7 @@ def damaged(folder: Path, name: str) -> Path:
         "fortran": {"latents": np.asfortranarray(latents(4))},
     }
     if name in arrays:
-        np.savez(path, **arrays[name], allow_pickle=True)
+        np.savez(path, **arrays[name])
         return path
     np.savez(path, **good)
     if name == "truncated npz":

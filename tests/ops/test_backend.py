@@ -41,6 +41,17 @@ def test_triton_matches_float64(shape) -> None:
     torch.testing.assert_close(x_t.double(), add_noise(x0.double(), coef.double(), key), rtol=2e-6, atol=2e-6)
 
 
+def test_triton_scales_in_place_only_where_nobody_can_tell() -> None:
+    pred, x0 = torch.randn(2, 3, 5, device=DEVICE, requires_grad=True), torch.randn(2, 3, 5, device=DEVICE)
+    coef, key = make_coefficients(2, DEVICE), make_key(2, DEVICE)
+    (once,) = torch.autograd.grad(diffusion_loss(pred, x0, coef, key, backend="triton"), pred)
+    loss = diffusion_loss(pred, x0, coef, key, backend="triton")
+    scale = torch.tensor(3.0, device=DEVICE)
+    for last in (False, False, True):
+        (scaled,) = torch.autograd.grad(loss, pred, scale, retain_graph=not last)
+        torch.testing.assert_close(scaled, 3 * once)
+
+
 def test_triton_samples_moments() -> None:
     pred, moments = torch.randn(3, 4, 5, 7, device=DEVICE), Moments(torch.rand(3, 8, 5, 7, device=DEVICE), 0.18215)
     coef, key = make_coefficients(3, DEVICE), make_key(3, DEVICE)
