@@ -5,7 +5,7 @@ Prints registers, spills, shared memory and cubin size of each variant and exits
 more shared memory than the architecture has. Must run in a process of its own without TRITON_INTERPRET:
 `triton.jit` decides once, when a kernel is defined, whether it will be interpreted.
 
-A new kernel adds a function that yields its variants to `KERNELS`.
+The variants are those of bench/variants/.
 """
 
 from __future__ import annotations
@@ -17,32 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from bench.variants import op_names, variants_of
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes a program may use, by compute capability (CUDA programming guide, technical specifications)."""
-
-DTYPES = ("fp32", "bf16", "fp16")
-
-
-class Variant(NamedTuple):
-    """One specialisation of a kernel, as a launch would ask for it."""
-
-    kernel: str
-    name: str
-    fn: Any
-    """The `triton.jit` function."""
-    signature: dict[str, str]
-    """Type of each run-time argument: "*bf16", "i32", "fp32" ...; all other arguments are compile-time
-    constants."""
-    constants: dict[str, Any]
-    """Value of each constant; those not named are None, as a launcher passes for an absent tensor."""
-    aligned: tuple[str, ...]
-    """Pointers to 16 bytes and integers that are multiples of 16."""
-    num_warps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,131 +115,17 @@ def _widest_load(ptx: str) -> int:
     return max((int(count or 1) * int(bits) // 8 for count, bits in loads if (count, bits) != ("", "64")), default=0)
 
 
-def _pointers(**types: str | None) -> dict[str, str]:
-    return {f"{name}_ptr": f"*{kind}" for name, kind in types.items() if kind is not None}
-
-
-_INTEGERS = {"n": "i32", "quarter": "i32", "chunks": "i32"}
-_SINGLE = {"n": 1, "quarter": 1, "chunks": 1}
-"""Samples of one element: Triton turns arguments that equal 1 into constants."""
-_SCALARS = (
-    "alpha_ptr",
-    "sigma_ptr",
-    "c_x_ptr",
-    "c_eps_ptr",
-    "w_ptr",
-    "seed_ptr",
-    "stream_ptr",
-    "ids_ptr",
-    "grad_scale_ptr",
-)
-
-
-def _aligned(signature: dict[str, str], sizes: bool) -> tuple[str, ...]:
-    """As a launch finds it: tensors aligned, the pointers to scalars not looked at, sizes if they are
-    multiples of 16."""
-    tensors = [name for name, kind in signature.items() if kind.startswith("*") and name not in _SCALARS]
-    return (*tensors, *(("n", "quarter") if sizes else ()))
-
-
-class Case(NamedTuple):
-    label: str
-    dtype: str
-    """Of the output, or of pred and the gradient."""
-    x0: str
-    keyed: bool
-    moments: bool
-    sizes_aligned: bool
-
-
-def _cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-        for keyed in (True, False):
-            for moments in (False, True):
-                label = f"{dtype} {'key' if keyed else 'noise'}{' moments' * moments}"
-                yield Case(label, dtype, dtype, keyed, moments, True)
-    yield Case("bf16/fp32 key", "bf16", "fp32", True, False, True)
-    yield Case("fp32 key odd n", "fp32", "fp32", True, False, False)
-
-
-def _noise_inputs(case: Case) -> dict[str, str]:
-    key = "i64" if case.keyed or case.moments else None
-    return _pointers(x0=case.x0, noise=None if case.keyed else "fp32", seed=key, stream=key, ids=key)
-
-
-def add_noise_variants() -> Iterator[Variant]:
-    from erdfast.kernels.add_noise import add_noise_kernel
-    from erdfast.kernels.layout import MAX_BLOCK, partition
-
-    warps = partition(4 * MAX_BLOCK).num_warps
-    for case in _cases():
-        signature = _pointers(out=case.dtype, alpha="fp32", sigma="fp32") | _noise_inputs(case)
-        signature |= {"moments_scale": "fp32"} | _INTEGERS
-        constants = {"KEYED": case.keyed, "MOMENTS": case.moments, "BLOCK": MAX_BLOCK}
-        names = _aligned(signature, case.sizes_aligned)
-        yield Variant("add_noise", case.label, add_noise_kernel, signature, constants, names, warps)
-    case = Case("fp32 key n = 1", "fp32", "fp32", True, False, False)
-    signature = _pointers(out="fp32", alpha="fp32", sigma="fp32") | _noise_inputs(case) | {"moments_scale": "fp32"}
-    constants = {"KEYED": True, "MOMENTS": False, "BLOCK": MAX_BLOCK} | _SINGLE
-    names = _aligned(signature, case.sizes_aligned)
-    yield Variant("add_noise", case.label, add_noise_kernel, signature, constants, names, warps)
-
-
-def diffusion_loss_variants() -> Iterator[Variant]:
-    for case in _cases():
-        yield _diffusion_loss_variant(case)
-    for moments in (False, True):
-        case = Case(f"bf16 key{' moments' * moments}", "bf16", "bf16", True, moments, True)
-        yield _diffusion_loss_variant(case, " sums only", grad=False)
-        yield _diffusion_loss_variant(case, " grad only", sums=False)
-        yield _diffusion_loss_variant(case, " 8 steps", steps=8)
-
-
-def _diffusion_loss_variant(case: Case, label: str = "", *, sums=True, grad=True, steps=1) -> Variant:
-    from erdfast.kernels.diffusion_loss import diffusion_loss_kernel
-    from erdfast.kernels.layout import MAX_BLOCK, partition
-
-    signature = _pointers(pred=case.dtype, c_x="fp32", c_eps="fp32", w="fp32") | _noise_inputs(case)
-    signature |= _pointers(sums="fp32" if sums else None)
-    signature |= _pointers(grad=case.dtype, grad_scale="fp32") if grad else {}
-    signature |= {"moments_scale": "fp32", "grad_unit": "fp32"} | _INTEGERS
-    constants = {"KEYED": case.keyed, "MOMENTS": case.moments, "STEPS": steps, "BLOCK": MAX_BLOCK}
-    names = _aligned(signature, case.sizes_aligned)
-    warps = partition(4 * MAX_BLOCK).num_warps
-    name = case.label + label
-    return Variant("diffusion_loss", name, diffusion_loss_kernel, signature, constants, names, warps)
-
-
-def reduction_variants() -> Iterator[Variant]:
-    from erdfast.kernels.diffusion_loss import SCALE_BLOCK, add_partials_kernel, scale_kernel
-    from erdfast.kernels.layout import MAX_CHUNKS
-
-    signature = _pointers(sums="fp32", partials="fp32") | {"chunks": "i32"}
-    names = ("sums_ptr", "partials_ptr")
-    yield Variant("add_partials", "", add_partials_kernel, signature, {"BLOCK": MAX_CHUNKS}, names, 4)
-    for dtype in DTYPES:
-        signature = _pointers(values=dtype, scale="fp32") | {"numel": "i32"}
-        names = ("values_ptr", "numel")
-        yield Variant("scale", dtype, scale_kernel, signature, {"BLOCK": SCALE_BLOCK}, names, 8)
-
-
-KERNELS: dict[str, Callable[[], Iterator[Variant]]] = {
-    "add_noise": add_noise_variants,
-    "diffusion_loss": diffusion_loss_variants,
-    "reduction": reduction_variants,
-}
-
-
 def compile_variants(kernels: list[str], ccs: list[int]) -> Iterator[Report]:
-    """Compiles the variants of the named entries of KERNELS for each compute capability."""
-    if unknown := sorted(set(kernels) - set(KERNELS)):
-        raise ValueError(f"no kernel is called {', '.join(unknown)}; choose from {', '.join(KERNELS)}")
+    """Compiles the variants of the named ops for each compute capability."""
+    if unknown := sorted(set(kernels) - set(op_names())):
+        raise ValueError(f"no kernel is called {', '.join(unknown)}; choose from {', '.join(op_names())}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     for name in kernels:
-        for v in KERNELS[name]():
+        for v in variants_of(name):
             for cc in ccs:
-                measured = compile_kernel(v.fn, v.signature, v.constants, cc, aligned=v.aligned, num_warps=v.num_warps)
+                options = {"num_warps": v.num_warps, "num_stages": v.num_stages}
+                measured = compile_kernel(v.fn, v.signature, v.constants, cc, aligned=v.aligned, **options)
                 yield Report(kernel=v.kernel, name=v.name, cc=cc, **measured)
 
 
@@ -264,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Compile the Triton kernels without a GPU and fail on register spills."
     )
-    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), metavar="NAME", help=f"of {', '.join(KERNELS)}")
+    parser.add_argument("--kernel", nargs="+", default=op_names(), metavar="NAME", help=f"of {', '.join(op_names())}")
     parser.add_argument("--cc", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     args = parser.parse_args()

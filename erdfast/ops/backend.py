@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -71,8 +72,8 @@ def cpu_isa() -> str:
     return os.environ.get("ERDFAST_CPU_ISA", "")
 
 
-def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run on this device and dtype; None when it can."""
+def _unavailable(backend: str, device: torch.device, dtype: torch.dtype, op: str) -> str | None:
+    """Why `backend` cannot run an op on this device and dtype; None when it can."""
     if backend == "reference":
         return None
     if dtype not in KERNEL_DTYPES:
@@ -85,7 +86,7 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device.type != "cuda" and not interpreted:
             return f"the data is on {device} and Triton needs a GPU (or TRITON_INTERPRET=1)"
-        loaded = load_kernels("diffusion_loss")
+        loaded = load_kernels(op)
     return loaded if isinstance(loaded, str) else None
 
 
@@ -94,28 +95,41 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def resolve_backend(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(
+    requested: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    op: str = "diffusion_loss",
+    backends: Sequence[str] = BACKENDS,
+) -> str:
     """The back end to run: `requested`, or the fastest for the device and dtype.
 
-    float64 always takes the reference. Where the fast back end of a device is missing, the reference takes over with
-    one warning.
+    float64 always takes the reference, and so does a device for which the op has no compiled back end. Where a back
+    end that the op has is missing, the reference takes over with one warning.
+
+    Args:
+        requested: a name, or None to choose.
+        device, dtype: of the data.
+        op: which kernels are meant.
+        backends: those that the op has.
 
     Raises:
         ValueError: `requested` is unknown or cannot run here; the message says why.
     """
-    if requested is not None and requested not in BACKENDS:
-        raise ValueError(f"unknown backend {requested!r}; choose from {', '.join(BACKENDS)}")
+    if requested is not None and requested not in backends:
+        raise ValueError(f"unknown backend {requested!r}; choose from {', '.join(backends)}")
+    fastest = _FASTEST.get(device.type, "reference")
+    if dtype == torch.float64 or fastest not in backends:
+        fastest = "reference"
     if torch.compiler.is_compiling():  # imports cannot be traced: what is missing is then said when the op runs
-        return requested or ("reference" if dtype == torch.float64 else _FASTEST.get(device.type, "reference"))
+        return requested or fastest
     if requested is not None:
-        reason = _unavailable(requested, device, dtype)
+        reason = _unavailable(requested, device, dtype, op)
         if reason:
             raise ValueError(f"backend {requested!r} is not available here: {reason}")
         return requested
-    if dtype == torch.float64:
-        return "reference"
-    fastest = _FASTEST.get(device.type, "reference")
-    reason = _unavailable(fastest, device, dtype)
+    reason = _unavailable(fastest, device, dtype, op)
     if reason is None:
         return fastest
     _warn_once(f"erdfast runs its slow reference on {device.type}: {reason}")

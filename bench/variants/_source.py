@@ -1,0 +1,59 @@
+"""What the variants of add_noise and diffusion_loss share: the inputs of erdfast/ops/source.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bench.variants import DTYPES, pointers
+
+INTEGERS = {"n": "i32", "quarter": "i32", "chunks": "i32"}
+SINGLE = {"n": 1, "quarter": 1, "chunks": 1}
+"""Samples of one element: Triton turns arguments that equal 1 into constants."""
+_SCALARS = (
+    "alpha_ptr",
+    "sigma_ptr",
+    "c_x_ptr",
+    "c_eps_ptr",
+    "w_ptr",
+    "seed_ptr",
+    "stream_ptr",
+    "ids_ptr",
+    "grad_scale_ptr",
+)
+
+
+def aligned(signature: dict[str, str], sizes: bool) -> tuple[str, ...]:
+    """As a launch finds it: tensors aligned, the pointers to scalars not looked at, sizes if they are
+    multiples of 16."""
+    tensors = [name for name, kind in signature.items() if kind.startswith("*") and name not in _SCALARS]
+    return (*tensors, *(("n", "quarter") if sizes else ()))
+
+
+class Case(NamedTuple):
+    """What a variant reads and writes."""
+
+    label: str
+    dtype: str
+    """Of the output, or of pred and the gradient."""
+    x0: str
+    keyed: bool
+    moments: bool
+    sizes_aligned: bool
+
+
+def cases() -> Iterator[Case]:
+    """Dtypes, key or noise, with or without moments; mixed dtypes and odd sizes once."""
+    for dtype in DTYPES:
+        for keyed in (True, False):
+            for moments in (False, True):
+                label = f"{dtype} {'key' if keyed else 'noise'}{' moments' * moments}"
+                yield Case(label, dtype, dtype, keyed, moments, True)
+    yield Case("bf16/fp32 key", "bf16", "fp32", True, False, True)
+    yield Case("fp32 key odd n", "fp32", "fp32", True, False, False)
+
+
+def noise_inputs(case: Case) -> dict[str, str]:
+    """The signature of x0 and of the noise or its key."""
+    key = "i64" if case.keyed or case.moments else None
+    return pointers(x0=case.x0, noise=None if case.keyed else "fp32", seed=key, stream=key, ids=key)
