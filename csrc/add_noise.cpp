@@ -7,19 +7,21 @@ void add_noise(const AddNoise& op) {
   const Layout layout(op.source);
   for_each_task(op.source, layout, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
     const float alpha = op.alpha[b], sigma = op.sigma[b];
+    const Next next(op.source, layout, b, begin);
     Block block;
     alignas(64) float buffer[LANES];
     for (int64_t q = begin; q < end; q += LANES) {
+      prefetch_block(op.source.x0, layout, next, q - begin);
       read_block(op.source, layout, b, q, block);
       for (int j = 0; j < 4; ++j) {
         const int count = layout.count(q, j);
-        const int64_t offset = b * op.source.numel + layout.offset(q, j);
-        float* __restrict out = target(op.out, offset, count, buffer);
+        const int64_t offset = layout.offset(q, j);
+        float* __restrict out = target(op.out, b, offset, count, buffer);
         const float* __restrict x0 = block.x0[j];
         const float* __restrict eps = block.eps[j];
 #pragma omp simd simdlen(16)
         for (int i = 0; i < LANES; ++i) out[i] = alpha * x0[i] + sigma * eps[i];
-        finish(op.out, offset, count, out, buffer);
+        finish(op.out, b, offset, count, out, buffer);
       }
     }
   });

@@ -36,19 +36,22 @@ void diffusion_loss(const DiffusionLoss& op) {
     const float c_x = op.c_x[b], c_eps = op.c_eps[b];
     const float factor = static_cast<float>(
         op.grad_scale * 2.0 * op.w[b] / (static_cast<double>(source.batch) * static_cast<double>(source.numel)));
+    const Next next(source, layout, b, begin);
     Sums sums;
     Block block;
     alignas(64) float pred_buffer[LANES];
     alignas(64) float grad_buffer[LANES];
     for (int64_t q = begin; q < end; q += LANES) {
+      prefetch_block(op.pred, layout, next, q - begin);
+      prefetch_block(source.x0, layout, next, q - begin);
       read_block(source, layout, b, q, block);
       for (int j = 0; j < 4; ++j) {
         const int count = layout.count(q, j);
-        const int64_t offset = b * source.numel + layout.offset(q, j);
-        const float* pred = view(op.pred, offset, count, pred_buffer);
-        float* grad = target(op.grad, offset, count, grad_buffer);
+        const int64_t offset = layout.offset(q, j);
+        const float* pred = view(op.pred, b, offset, count, pred_buffer);
+        float* grad = target(op.grad, b, offset, count, grad_buffer);
         sums.add(pred, block.x0[j], block.eps[j], c_x, c_eps, factor, grad);
-        finish(op.grad, offset, count, grad, grad_buffer);
+        finish(op.grad, b, offset, count, grad, grad_buffer);
       }
     }
     for (int i = 0; i < WIDTH; ++i) {
@@ -59,12 +62,15 @@ void diffusion_loss(const DiffusionLoss& op) {
   });
 
   if (!op.sums) return;
-  for (int64_t b = 0; b < source.batch; ++b)
-    for (int k = 0; k < 3; ++k) {
-      double total = 0.0;
-      for (int64_t task = b * per_sample; task < (b + 1) * per_sample; ++task) total += partial[3 * task + k];
-      op.sums[3 * b + k] = static_cast<float>(total);
-    }
+  double loss = 0.0;
+  for (int64_t b = 0; b < source.batch; ++b) {
+    double total[3] = {};
+    for (int64_t task = b * per_sample; task < (b + 1) * per_sample; ++task)
+      for (int k = 0; k < 3; ++k) total[k] += partial[3 * task + k];
+    for (int k = 0; k < 3; ++k) op.sums[3 * b + k] = static_cast<float>(total[k]);
+    loss += op.w[b] * (total[0] / static_cast<double>(source.numel));
+  }
+  *op.loss = static_cast<float>(loss / static_cast<double>(source.batch));
 }
 
 }  // namespace erdfast::ERDFAST_ARCH

@@ -43,8 +43,7 @@ inline void clear_beyond(int count, float* lanes) {
 
 inline void read_block(const Source& source, const Layout& layout, int64_t b, int64_t q, Block& block) {
   const int lanes = static_cast<int>(std::min<int64_t>(layout.quarter - q, LANES));
-  const uint64_t id = source.sample_ids ? static_cast<uint64_t>(source.sample_ids[b]) : 0;
-  const int64_t base = b * source.numel;
+  const uint64_t id = static_cast<uint64_t>(source.sample_ids ? source.sample_ids[b] : b);
   if (!source.noise.data) NoiseStream{source.seed, id, source.stream}.fill(static_cast<uint32_t>(q), lanes, block.eps_buffer);
   alignas(64) float eta[4][LANES];
   if (source.moments)
@@ -55,23 +54,40 @@ inline void read_block(const Source& source, const Layout& layout, int64_t b, in
     const int count = layout.count(q, j);
     block.eps[j] = block.eps_buffer[j];
     if (source.noise.data)
-      block.eps[j] = view(source.noise, base + offset, count, block.eps_buffer[j]);
+      block.eps[j] = view(source.noise, b, offset, count, block.eps_buffer[j]);
     else
       clear_beyond(count, block.eps_buffer[j]);
     if (!source.moments) {
-      block.x0[j] = view(source.x0, base + offset, count, block.x0_buffer[j]);
+      block.x0[j] = view(source.x0, b, offset, count, block.x0_buffer[j]);
       continue;
     }
     alignas(64) float mean[LANES];
     alignas(64) float std[LANES];
-    load(source.x0, 2 * base + offset, count, mean);
-    load(source.x0, 2 * base + offset + source.numel, count, std);
+    load(source.x0, b, offset, count, mean);
+    load(source.x0, b, offset + source.numel, count, std);
     clear_beyond(count, eta[j]);
     float* x0 = block.x0_buffer[j];
 #pragma omp simd simdlen(16)
     for (int i = 0; i < LANES; ++i) x0[i] = source.moments_scale * (mean[i] + std[i] * eta[j][i]);
     block.x0[j] = x0;
   }
+}
+
+// Where the task after (b, begin) starts; the last one is its own successor.
+struct Next {
+  int64_t b, begin;
+
+  Next(const Source& source, const Layout& layout, int64_t b_, int64_t begin_) : b(b_), begin(begin_ + LANES_PER_TASK) {
+    if (begin < layout.quarter) return;
+    b = std::min(b_ + 1, source.batch - 1);
+    begin = 0;
+  }
+};
+
+// What the next task will read of an array at `ahead` lanes from its start.
+inline void prefetch_block(const Array& array, const Layout& layout, const Next& next, int64_t ahead) {
+  const int64_t q = next.begin + ahead;
+  for (int j = 0; j < 4; ++j) prefetch(array, next.b, layout.offset(q, j), layout.count(q, j));
 }
 
 inline int64_t tasks_per_sample(const Layout& layout) {

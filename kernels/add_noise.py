@@ -16,12 +16,14 @@ about 1.5 ps at full issue, the 8 bytes of float32 take its memory 2.4 ps, the 4
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import load_float, partition, quarter_mask, quarter_start
+from .layout import element, load_float, partition, pixels_of, quarter_mask, quarter_start
 from .philox import POSTERIOR_DOMAIN, normal4
 
 
@@ -39,8 +41,17 @@ def add_noise_kernel(
     n,
     quarter,
     chunks,
+    pixels,
+    x0_stride,
+    x0_pixel,
+    noise_stride,
+    noise_pixel,
+    out_pixel,
     KEYED: tl.constexpr,
     MOMENTS: tl.constexpr,
+    X0_LAST: tl.constexpr,
+    NOISE_LAST: tl.constexpr,
+    OUT_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK lanes of one sample. Pointers that a variant does not need are None."""
@@ -61,17 +72,18 @@ def add_noise_kernel(
         mask = quarter_mask(q, quarter, n, j)
         start = quarter_start(quarter, j)
         if MOMENTS:
-            mean = load_float(x0_ptr + (b * 2 * n + start), q, mask)
-            std = load_float(x0_ptr + (b * 2 * n + n + start), q, mask)
+            mean = load_float(element(x0_ptr + b * x0_stride, start, q, pixels, x0_pixel, X0_LAST), mask)
+            std = load_float(element(x0_ptr + b * x0_stride, n + start, q, pixels, x0_pixel, X0_LAST), mask)
             x0 = moments_scale * (mean + std * eta4[j])
         else:
-            x0 = load_float(x0_ptr + (b * n + start), q, mask)
+            x0 = load_float(element(x0_ptr + b * x0_stride, start, q, pixels, x0_pixel, X0_LAST), mask)
         if KEYED:
             eps = eps4[j]
         else:
-            eps = load_float(noise_ptr + (b * n + start), q, mask)
+            eps = load_float(element(noise_ptr + b * noise_stride, start, q, pixels, noise_pixel, NOISE_LAST), mask)
         x_t = alpha * x0 + sigma * eps
-        tl.store(out_ptr + (b * n + start) + q, x_t.to(out_ptr.dtype.element_ty), mask=mask)
+        out = element(out_ptr + b * n, start, q, pixels, out_pixel, OUT_LAST)
+        tl.store(out, x_t.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def add_noise(
@@ -84,25 +96,28 @@ def add_noise(
     stream: Tensor | None,
     sample_ids: Tensor | None,
     moments_scale: float | None,
+    layouts: Sequence[tuple[int, int]],
 ) -> None:
     """Writes alpha * x0 + sigma * eps to `out`.
 
-    All tensors are contiguous and on one device; the caller has checked them.
+    All tensors are on one device; the caller has checked them. A sample has n elements, numbered channels first
+    however they lie in memory.
 
     Args:
-        out: (B, n), float32, bfloat16 or float16; computed in float32 and rounded once.
-        x0: (B, n), or (B, 2n) with `moments_scale`: n means, then n standard deviations. Any of the three
-            dtypes.
-        noise: (B, n) of any of the three dtypes, or None to draw it from the key.
+        out: (B, C, ...), float32, bfloat16 or float16; computed in float32 and rounded once.
+        x0: (B, C, ...), or (B, 2C, ...) with `moments_scale`: n means, then n standard deviations. Any of the
+            three dtypes.
+        noise: (B, C, ...) of any of the three dtypes, or None to draw it from the key.
         alpha, sigma: (B,) float32.
         seed, stream: 0-d int64, read on the device; may be None if nothing is drawn. Of `stream` the low 32
             bits count.
         sample_ids: (B,) int64; may be None if nothing is drawn.
         moments_scale: None if x0 is data, else the factor of the posterior sample.
+        layouts: (stride, pixel) of x0, noise and out (`Layout` in erdfast/ops/source.py); out has no gaps.
     """
-    batch, n = out.shape
     if out.numel() == 0:
         return
+    batch, n = out.shape[0], out.shape[1:].numel()
     part = partition(n)
     chunks = triton.cdiv(part.quarter, part.block)
     with torch.cuda.device_of(out):
@@ -119,8 +134,13 @@ def add_noise(
             n,
             part.quarter,
             chunks,
+            pixels_of(out),
+            *(*layouts[0], *layouts[1], layouts[2][1]),
             KEYED=noise is None,
             MOMENTS=moments_scale is not None,
+            X0_LAST=layouts[0][1] > 0,
+            NOISE_LAST=layouts[1][1] > 0,
+            OUT_LAST=layouts[2][1] > 0,
             BLOCK=part.block,
             num_warps=part.num_warps,
         )

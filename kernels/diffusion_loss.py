@@ -21,12 +21,14 @@ and may differ in the last bit.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import load_float, partition, quarter_mask, quarter_start
+from .layout import element, load_float, partition, pixels_of, quarter_mask, quarter_start
 from .philox import POSTERIOR_DOMAIN, normal4
 
 _SCALARS = ["c_x_ptr", "c_eps_ptr", "w_ptr", "seed_ptr", "stream_ptr", "ids_ptr", "grad_scale_ptr"]
@@ -51,8 +53,19 @@ def diffusion_loss_kernel(
     n,
     quarter,
     chunks,
+    pixels,
+    x0_stride,
+    x0_pixel,
+    noise_stride,
+    noise_pixel,
+    pred_stride,
+    pred_pixel,
+    grad_pixel,
     KEYED: tl.constexpr,
     MOMENTS: tl.constexpr,
+    X0_LAST: tl.constexpr,
+    NOISE_LAST: tl.constexpr,
+    PRED_LAST: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -83,18 +96,20 @@ def diffusion_loss_kernel(
             mask = quarter_mask(q, quarter, n, j)
             start = quarter_start(quarter, j)
             if MOMENTS:
-                mean = load_float(x0_ptr + (b * 2 * n + start), q, mask)
-                std = load_float(x0_ptr + (b * 2 * n + n + start), q, mask)
+                mean = load_float(element(x0_ptr + b * x0_stride, start, q, pixels, x0_pixel, X0_LAST), mask)
+                std = load_float(element(x0_ptr + b * x0_stride, n + start, q, pixels, x0_pixel, X0_LAST), mask)
                 x0 = moments_scale * (mean + std * eta4[j])
             else:
-                x0 = load_float(x0_ptr + (b * n + start), q, mask)
+                x0 = load_float(element(x0_ptr + b * x0_stride, start, q, pixels, x0_pixel, X0_LAST), mask)
             if KEYED:
                 eps = tl.where(mask, eps4[j], 0.0)  # lanes beyond the sample must not enter the sums
             else:
-                eps = load_float(noise_ptr + (b * n + start), q, mask)
-            r = load_float(pred_ptr + (b * n + start), q, mask) - (c_x * x0 + c_eps * eps)
+                eps = load_float(element(noise_ptr + b * noise_stride, start, q, pixels, noise_pixel, NOISE_LAST), mask)
+            pred = load_float(element(pred_ptr + b * pred_stride, start, q, pixels, pred_pixel, PRED_LAST), mask)
+            r = pred - (c_x * x0 + c_eps * eps)
             if grad_ptr is not None:
-                tl.store(grad_ptr + (b * n + start) + q, (factor * r).to(grad_ptr.dtype.element_ty), mask=mask)
+                grad = element(grad_ptr + b * n, start, q, pixels, grad_pixel, PRED_LAST)
+                tl.store(grad, (factor * r).to(grad_ptr.dtype.element_ty), mask=mask)
             sum_rr += r * r
             sum_rx += r * x0
             sum_re += r * eps
@@ -115,6 +130,24 @@ def add_partials_kernel(sums_ptr, partials_ptr, chunks, BLOCK: tl.constexpr):
         tl.store(sums_ptr + b * 3 + k, tl.sum(partials, axis=0))
 
 
+LOSS_BLOCK = 1024
+
+
+@triton.jit
+def weighted_mean_kernel(loss_ptr, sums_ptr, w_ptr, batch, n, BLOCK: tl.constexpr):
+    """Last stage: loss = mean_b[w_b * sums_b0 / n] by one program, 8 bytes read per sample.
+
+    Means first: a sum times its weight may overflow.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, batch, BLOCK):
+        b = start + tl.arange(0, BLOCK)
+        mask = b < batch
+        squares = tl.load(sums_ptr + 3 * b.to(tl.int64), mask=mask, other=0.0)
+        total += tl.load(w_ptr + b, mask=mask, other=0.0) * (squares / n)
+    tl.store(loss_ptr, tl.sum(total, axis=0) / batch)
+
+
 SCALE_BLOCK = 2048
 """8 elements to each of a program's 256 threads: 16 bytes of bf16 and fp16, twice 16 of float32."""
 
@@ -127,7 +160,7 @@ def scale_kernel(values_ptr, scale_ptr, numel, BLOCK: tl.constexpr):
         start = tl.program_id(0).to(tl.int64) * BLOCK
         i = tl.arange(0, BLOCK)
         mask = i < tl.minimum(numel - start, BLOCK).to(tl.int32)
-        values = load_float(values_ptr + start, i, mask) * scale
+        values = load_float(values_ptr + start + i, mask) * scale
         tl.store(values_ptr + start + i, values.to(values_ptr.dtype.element_ty), mask=mask)
 
 
@@ -143,18 +176,20 @@ def diffusion_loss(
     sample_ids: Tensor | None,
     moments_scale: float | None,
     grad_scale: Tensor | None,
+    grad: Tensor | None,
     want_sums: bool,
-    want_grad: bool,
+    layouts: Sequence[tuple[int, int]],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(sums, grad) of the loss; None for what is not wanted.
+    """(loss, sums), or (None, None) where they are not wanted; the gradient is written to `grad`.
 
-    All tensors are contiguous and on one device; the caller has checked them.
+    All tensors are on one device; the caller has checked them. A sample has n elements, numbered channels first
+    however they lie in memory. Two launches, three where a sample takes several programs.
 
     Args:
-        pred: (B, n), float32, bfloat16 or float16. NaN and infinities in it show in the sums.
-        x0: (B, n), or (B, 2n) with `moments_scale`: n means, then n standard deviations. Any of the three
-            dtypes.
-        noise: (B, n) of any of the three dtypes, or None to draw it from the key.
+        pred: (B, C, ...), float32, bfloat16 or float16. NaN and infinities in it show in the sums.
+        x0: (B, C, ...), or (B, 2C, ...) with `moments_scale`: n means, then n standard deviations. Any of the
+            three dtypes.
+        noise: (B, C, ...) of any of the three dtypes, or None to draw it from the key.
         c_x, c_eps, w: (B,) float32.
         seed, stream: 0-d int64, read on the device; may be None if nothing is drawn. Of `stream` the low 32
             bits count.
@@ -162,16 +197,18 @@ def diffusion_loss(
         moments_scale: None if x0 is data, else the factor of the posterior sample.
         grad_scale: 0-d float32 that multiplies the gradient before it is rounded (the loss scale of fp16), or
             None for 1.
-        want_sums, want_grad: what to compute.
+        grad: of pred's shape and dtype, without gaps: grad_scale * 2 w_b / (B n) * r, computed in float32 and
+            rounded once; or None.
+        want_sums: whether to compute sums and loss.
+        layouts: (stride, pixel) of x0, noise, pred and grad (`Layout` in erdfast/ops/source.py).
 
     Returns:
+        loss: 0-d float32.
         sums: (B, 3) float32, the sums of r^2, r*x0 and r*eps over each sample.
-        grad: (B, n) of pred's dtype, grad_scale * 2 w_b / (B n) * r, computed in float32 and rounded once.
     """
-    batch, n = pred.shape
-    grad = torch.empty_like(pred) if want_grad else None
-    if pred.numel() == 0 or not (want_sums or want_grad):
-        return (pred.new_zeros((batch, 3), dtype=torch.float32) if want_sums else None), grad
+    batch, n = pred.shape[0], pred.shape[1:].numel()
+    if not want_sums and grad is None:
+        return None, None
     part = partition(n)
     partials = pred.new_empty((batch, part.chunks, 3), dtype=torch.float32) if want_sums else None
     with torch.cuda.device_of(pred):
@@ -193,20 +230,26 @@ def diffusion_loss(
             n,
             part.quarter,
             part.chunks,
+            pixels_of(pred),
+            *(*layouts[0], *layouts[1], *layouts[2], layouts[3][1]),
             KEYED=noise is None,
             MOMENTS=moments_scale is not None,
+            X0_LAST=layouts[0][1] > 0,
+            NOISE_LAST=layouts[1][1] > 0,
+            PRED_LAST=layouts[2][1] > 0,
             STEPS=part.steps,
             BLOCK=part.block,
             num_warps=part.num_warps,
         )
         if partials is None:
-            return None, grad
-        if part.chunks == 1:
-            return partials.view(batch, 3), grad
-        sums = pred.new_empty((batch, 3), dtype=torch.float32)
-        block = triton.next_power_of_2(part.chunks)
-        add_partials_kernel[(batch,)](sums, partials, part.chunks, BLOCK=block, num_warps=4)
-    return sums, grad
+            return None, None
+        sums = partials.view(batch, 3) if part.chunks == 1 else pred.new_empty((batch, 3), dtype=torch.float32)
+        if part.chunks > 1:
+            block = triton.next_power_of_2(part.chunks)
+            add_partials_kernel[(batch,)](sums, partials, part.chunks, BLOCK=block, num_warps=4)
+        loss = pred.new_empty((), dtype=torch.float32)
+        weighted_mean_kernel[(1,)](loss, sums, w, batch, n, BLOCK=LOSS_BLOCK, num_warps=4)
+    return loss, sums
 
 
 def scale_(values: Tensor, scale: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MAX_BLOCK = 1024
 """Lanes of a program: a latent of 4x32x32 is one program, so that its sums need no second stage."""
@@ -74,6 +75,33 @@ def quarter_mask(q, quarter, n, j: tl.constexpr):
 
 
 @triton.jit
-def load_float(pointer, q, mask):
-    """Elements at a scalar pointer plus q as float32, 0 where masked."""
-    return tl.load(pointer + q, mask=mask, other=0.0).to(tl.float32)
+def load_float(pointers, mask):
+    """Elements as float32, 0 where masked."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def element(pointer, start, q, pixels, pixel, CHANNELS_LAST: tl.constexpr):
+    """Pointers to elements start + q of a sample, which begins at `pointer`.
+
+    Element c*pixels + p lies there as it is numbered, or at p*pixel + c. With as many channels as quarters (the 4 of
+    a latent) a thread's four elements are then neighbours.
+    """
+    if CHANNELS_LAST:
+        p = (start % pixels).to(tl.int32) + q
+        pointers = pointer + (start // pixels + (p // pixels) + (p % pixels).to(tl.int64) * pixel)
+    else:
+        pointers = (pointer + start) + q
+    return pointers
+
+
+def pixels_of(like: Tensor) -> int:
+    """Pixels of a (B, C, ...) tensor: 1 if it has no image.
+
+    Raises:
+        ValueError: more than 32-bit offsets allow.
+    """
+    pixels = like.shape[2:].numel()
+    if pixels >= 2**30:
+        raise ValueError(f"shape {tuple(like.shape)} has more than 2^30 pixels")
+    return pixels

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.variants import DTYPES, pointers
 
-INTEGERS = {"n": "i32", "quarter": "i32", "chunks": "i32"}
-SINGLE = {"n": 1, "quarter": 1, "chunks": 1}
+STRIDES = ("x0_stride", "noise_stride", "pred_stride")
+PIXELS = ("x0_pixel", "noise_pixel", "pred_pixel", "grad_pixel", "out_pixel")
+INTEGERS = dict.fromkeys(("n", "quarter", "chunks", "pixels", *STRIDES, *PIXELS), "i32")
+SINGLE = dict.fromkeys(("n", "quarter", "chunks", "pixels", *STRIDES), 1) | dict.fromkeys(PIXELS, 0)
 """Samples of one element: Triton turns arguments that equal 1 into constants."""
 _SCALARS = (
     "alpha_ptr",
@@ -23,11 +25,11 @@ _SCALARS = (
 )
 
 
-def aligned(signature: dict[str, str], sizes: bool) -> tuple[str, ...]:
+def aligned(kernel: Any, signature: dict[str, str], sizes: bool) -> tuple[str, ...]:
     """As a launch finds it: tensors aligned, the pointers to scalars not looked at, sizes if they are
     multiples of 16."""
     tensors = [name for name, kind in signature.items() if kind.startswith("*") and name not in _SCALARS]
-    return (*tensors, *(("n", "quarter") if sizes else ()))
+    return (*tensors, *(("n", "quarter", *(name for name in STRIDES if name in kernel.arg_names)) if sizes else ()))
 
 
 class Case(NamedTuple):
@@ -40,6 +42,8 @@ class Case(NamedTuple):
     keyed: bool
     moments: bool
     sizes_aligned: bool
+    channels_last: bool = False
+    """x0 and the output, or pred and the gradient."""
 
 
 def cases() -> Iterator[Case]:
@@ -50,6 +54,9 @@ def cases() -> Iterator[Case]:
                 label = f"{dtype} {'key' if keyed else 'noise'}{' moments' * moments}"
                 yield Case(label, dtype, dtype, keyed, moments, True)
     yield Case("bf16/fp32 key", "bf16", "fp32", True, False, True)
+    for dtype in DTYPES:
+        yield Case(f"{dtype} key channels-last", dtype, dtype, True, False, True, True)
+    yield Case("bf16 key moments ch-last", "bf16", "bf16", True, True, True, True)
     yield Case("fp32 key odd n", "fp32", "fp32", True, False, False)
 
 

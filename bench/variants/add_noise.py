@@ -18,10 +18,12 @@ def variants() -> Iterator[Variant]:
         signature = pointers(out=case.dtype, alpha="fp32", sigma="fp32") | noise_inputs(case)
         signature |= {"moments_scale": "fp32"} | INTEGERS
         constants = {"KEYED": case.keyed, "MOMENTS": case.moments, "BLOCK": MAX_BLOCK}
-        names = aligned(signature, case.sizes_aligned)
+        constants |= {"X0_LAST": case.channels_last, "NOISE_LAST": False, "OUT_LAST": case.channels_last}
+        names = aligned(add_noise_kernel, signature, case.sizes_aligned)
         yield Variant("add_noise", case.label, add_noise_kernel, signature, constants, names, warps)
     case = Case("fp32 key n = 1", "fp32", "fp32", True, False, False)
     signature = pointers(out="fp32", alpha="fp32", sigma="fp32") | noise_inputs(case) | {"moments_scale": "fp32"}
     constants = {"KEYED": True, "MOMENTS": False, "BLOCK": MAX_BLOCK} | SINGLE
-    names = aligned(signature, case.sizes_aligned)
+    constants |= dict.fromkeys(("X0_LAST", "NOISE_LAST", "OUT_LAST"), False)
+    names = aligned(add_noise_kernel, signature, case.sizes_aligned)
     yield Variant("add_noise", case.label, add_noise_kernel, signature, constants, names, warps)

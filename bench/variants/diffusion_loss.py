@@ -29,19 +29,29 @@ def _variant(case: Case, label: str = "", *, sums=True, grad=True, steps=1) -> V
     signature |= pointers(grad=case.dtype, grad_scale="fp32") if grad else {}
     signature |= {"moments_scale": "fp32", "grad_unit": "fp32"} | INTEGERS
     constants = {"KEYED": case.keyed, "MOMENTS": case.moments, "STEPS": steps, "BLOCK": MAX_BLOCK}
-    names = aligned(signature, case.sizes_aligned)
+    constants |= {"X0_LAST": case.channels_last, "NOISE_LAST": False, "PRED_LAST": case.channels_last}
+    names = aligned(diffusion_loss_kernel, signature, case.sizes_aligned)
     warps = partition(4 * MAX_BLOCK).num_warps
     name = case.label + label
     return Variant("diffusion_loss", name, diffusion_loss_kernel, signature, constants, names, warps)
 
 
 def _reductions() -> Iterator[Variant]:
-    from erdfast.kernels.diffusion_loss import SCALE_BLOCK, add_partials_kernel, scale_kernel
+    from erdfast.kernels.diffusion_loss import (
+        LOSS_BLOCK,
+        SCALE_BLOCK,
+        add_partials_kernel,
+        scale_kernel,
+        weighted_mean_kernel,
+    )
     from erdfast.kernels.layout import MAX_CHUNKS
 
     signature = pointers(sums="fp32", partials="fp32") | {"chunks": "i32"}
     names = ("sums_ptr", "partials_ptr")
     yield Variant("add_partials", "", add_partials_kernel, signature, {"BLOCK": MAX_CHUNKS}, names, 4)
+    signature = pointers(loss="fp32", sums="fp32", w="fp32") | {"batch": "i32", "n": "i32"}
+    names = ("loss_ptr", "sums_ptr", "w_ptr", "batch", "n")
+    yield Variant("weighted_mean", "", weighted_mean_kernel, signature, {"BLOCK": LOSS_BLOCK}, names, 4)
     for dtype in DTYPES:
         signature = pointers(values=dtype, scale="fp32") | {"numel": "i32"}
         names = ("values_ptr", "numel")

@@ -7,6 +7,6 @@ from .add_noise import add_noise
 from .attention import attention
 from .backend import BACKENDS
 from .diffusion_loss import diffusion_loss
-from .source import Moments, NoiseKey
+from .source import Coefficients, Moments, NoiseKey
 
-__all__ = ["BACKENDS", "Moments", "NoiseKey", "add_noise", "attention", "diffusion_loss"]
+__all__ = ["BACKENDS", "Coefficients", "Moments", "NoiseKey", "add_noise", "attention", "diffusion_loss"]

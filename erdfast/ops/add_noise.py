@@ -14,12 +14,14 @@ from .source import (
     Moments,
     NoiseKey,
     Source,
-    check_coefficients,
     column,
     compute_dtype,
+    empty_like,
     make_source,
+    read_coefficients,
     reference_x0_eps,
     refuse_gradients,
+    sample_layouts,
 )
 
 
@@ -35,7 +37,8 @@ def add_noise(
     """Noised data x_t = alpha*x0 + sigma*eps (ERD, sec. 2.1).
 
     Args:
-        x0: (B, ...) float32, bfloat16 or float16 (float64 for the reference), contiguous; or Moments to draw it from.
+        x0: (B, ...) float32, bfloat16 or float16 (float64 for the reference); or Moments to draw it from. Samples are
+            contiguous or channels-last, any distance apart.
         coef: anything with `alpha` and `sigma`, (B,) float32, such as `Process.coefficients(t)`.
         key: where the noise comes from; `diffusion_loss` with the same key sees the same noise.
         noise: an explicit eps of x0's shape in place of a key.
@@ -49,30 +52,24 @@ def add_noise(
         ValueError: shapes, dtypes, devices or layouts do not fit, or the back end cannot run; the message says which.
     """
     source = make_source(x0, key, noise, backend)
-    check_coefficients(source, alpha=coef.alpha, sigma=coef.sigma)
+    alpha, sigma = read_coefficients(source, coef, "alpha", "sigma")
     out_dtype = source.x0.dtype if dtype is None else dtype
     if not isinstance(out_dtype, torch.dtype):
         raise ValueError(f"dtype is {out_dtype!r}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
     if not out_dtype.is_floating_point or (source.backend != "reference" and out_dtype not in KERNEL_DTYPES):
         raise ValueError(f"dtype is {out_dtype}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
     if source.backend == "reference":
-        return _reference(source, coef.alpha, coef.sigma, out_dtype)
-    refuse_gradients(alpha=coef.alpha, sigma=coef.sigma, noise=noise)
+        return _reference(source, alpha, sigma, out_dtype)
+    refuse_gradients(alpha=alpha, sigma=sigma, noise=noise)
     if source.moments_scale is not None:
         refuse_gradients(moments=source.x0)
-    op = _compute if in_plain_eager(source.x0) and not source.x0.requires_grad else _add_noise
-    return op(
-        source.x0,
-        coef.alpha,
-        coef.sigma,
-        source.noise,
-        source.seed,
-        source.stream,
-        source.sample_ids,
-        source.moments_scale,
-        out_dtype,
-        source.backend,
-    )
+    options = (source.moments_scale, out_dtype, source.backend)
+    if not in_plain_eager(source.x0) or source.x0.requires_grad:
+        return _add_noise(source.x0, alpha, sigma, source.noise, *source.key_tensors(), *options)
+    drawn: tuple[Any, Any, Any] = (source.seed, source.stream, source.sample_ids)
+    if source.backend != "cpu":
+        drawn = source.key_tensors()
+    return _compute(source.x0, alpha, sigma, source.noise, *drawn, *options)
 
 
 def _reference(source: Source, alpha: Tensor, sigma: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -99,21 +96,19 @@ def _compute(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    shape = _out_shape(x0, moments_scale)
-    if backend == "cpu":
-        out = cpu.empty_like(x0, dtype, shape)
-    else:
-        out = torch.empty(shape, dtype=dtype, device=x0.device)
+    out = (cpu.empty_like if backend == "cpu" else empty_like)(x0, dtype, _out_shape(x0, moments_scale))
+    layouts = sample_layouts(x0, noise, out, drawn=noise is None or moments_scale is not None)
     launcher(backend, "add_noise").add_noise(
-        out.flatten(1),  # views: back ends know samples of so many elements, not their shape
-        x0.flatten(1),
-        None if noise is None else noise.flatten(1),
+        out,
+        x0,
+        noise,
         alpha.contiguous(),
         sigma.contiguous(),
         seed,
         stream,
         sample_ids,
         moments_scale,
+        layouts,
     )
     return out
 
@@ -123,7 +118,7 @@ _add_noise = torch.library.custom_op("erdfast::add_noise", _compute, mutates_arg
 
 @_add_noise.register_fake
 def _(x0, alpha, sigma, noise, seed, stream, sample_ids, moments_scale, dtype, backend):
-    return torch.empty(_out_shape(x0, moments_scale), dtype=dtype, device=x0.device)
+    return empty_like(x0, dtype, _out_shape(x0, moments_scale))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -5,11 +5,12 @@ Back ends load at first use, so that importing `erdfast.ops` needs PyTorch alone
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -20,6 +21,27 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
+_default: str | None = None
+
+
+@contextlib.contextmanager
+def default_backend(name: str | None) -> Iterator[None]:
+    """Within it, ops called without a back end run `name` if they have it: `with default_backend("reference"): ...`.
+
+    For comparisons: models call their ops without a back end. One setting for the whole process, not one per thread;
+    torch.compile notices it and compiles anew.
+
+    Raises:
+        ValueError: `name` is none of BACKENDS.
+    """
+    global _default
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
 
 
 @functools.cache
@@ -40,6 +62,7 @@ def load_kernels(name: str) -> ModuleType | str:
         return f"the Triton kernels cannot be imported ({error}); `pip install triton` provides Triton"
 
 
+@functools.cache
 def launcher(backend: str, op: str) -> ModuleType:
     """The module whose function `op` runs the op on a compiled back end.
 
@@ -119,6 +142,8 @@ def resolve_backend(
     """
     if requested is not None and requested not in backends:
         raise ValueError(f"unknown backend {requested!r}; choose from {', '.join(backends)}")
+    if requested is None and _default in backends:
+        requested = _default
     fastest = _FASTEST.get(device.type, "reference")
     if dtype == torch.float64 or fastest not in backends:
         fastest = "reference"

@@ -12,23 +12,27 @@ forward pass writes no gradient; backward makes it in a second pass, with the in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from . import cpu
 from .backend import in_plain_eager, launcher
 from .source import (
     CoefficientsLike,
     Moments,
     NoiseKey,
     Source,
-    check_coefficients,
     column,
     compute_dtype,
+    empty_like,
     make_source,
+    read_coefficients,
     reference_x0_eps,
     refuse_gradients,
+    sample_layouts,
 )
 
 
@@ -67,7 +71,8 @@ def diffusion_loss(
     """mean_b w_b * mean_i (pred_bi - y_bi)^2 with y = c_x*x0 + c_eps*eps.
 
     Args:
-        pred: (B, ...) the network's output; float32, bfloat16 or float16 (float64 for the reference), contiguous.
+        pred: (B, ...) the network's output; float32, bfloat16 or float16 (float64 for the reference).
+            Samples are contiguous or channels-last, any distance apart: half of the channels is fine.
         x0: clean data of the same shape, any of these dtypes; or Moments to draw it from.
         coef: anything with `c_x`, `c_eps`, `w`, (B,) float32, such as `Process.coefficients(t)`.
         key: the key that `add_noise` was given.
@@ -83,71 +88,34 @@ def diffusion_loss(
         ValueError: shapes, dtypes, devices or layouts do not fit, or the back end cannot run; the message says which.
     """
     source = make_source(x0, key, noise, backend, extra=pred)
-    check_coefficients(source, c_x=coef.c_x, c_eps=coef.c_eps, w=coef.w)
+    c_x, c_eps, w = read_coefficients(source, coef, "c_x", "c_eps", "w")
     if source.backend == "reference":
-        loss, mse = _reference(pred, source, coef)
+        loss, mse = _reference(pred, source, c_x, c_eps, w)
         return (loss, mse.detach()) if per_sample else loss
     refuse_gradients(x0=source.x0, noise=noise)
-    write_grad = torch.is_grad_enabled() and pred.requires_grad and pred.dtype != torch.float16
-    op = _Direct.apply if in_plain_eager(pred) else _diffusion_loss
-    loss, sums, _ = op(
-        pred,
-        source.x0,
-        coef.c_x,
-        coef.c_eps,
-        coef.w,
-        source.noise,
-        source.seed,
-        source.stream,
-        source.sample_ids,
-        source.moments_scale,
-        write_grad,
-        source.backend,
-    )
+    loss, sums, _ = _run(pred, source, (c_x, c_eps, w))
     return (loss, sums[:, 0].detach() / source.numel) if per_sample else loss
 
 
-def _reference(pred: Tensor, source: Source, coef: CoefficientsLike) -> tuple[Tensor, Tensor]:
-    compute = compute_dtype(pred, source.x0, source.noise, coef.w, coef.c_x, coef.c_eps)
+def _run(pred: Tensor, source: Source, numbers: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    write_grad = torch.is_grad_enabled() and pred.requires_grad and pred.dtype != torch.float16
+    options = (source.moments_scale, write_grad, source.backend)
+    if not in_plain_eager(pred):
+        return _diffusion_loss(pred, source.x0, *numbers, source.noise, *source.key_tensors(), *options)
+    key: tuple[Any, Any, Any] = (source.seed, source.stream, source.sample_ids)
+    if source.backend != "cpu" or pred.requires_grad > write_grad:  # the latter: backward asks for tensors
+        key = source.key_tensors()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (pred, *numbers)):
+        return _Direct.apply(pred, *numbers, (source.x0, source.noise, *key, *options))
+    return _compute(pred, source.x0, *numbers, source.noise, *key, *options)
+
+
+def _reference(pred: Tensor, source: Source, c_x: Tensor, c_eps: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    compute = compute_dtype(pred, source.x0, source.noise, w, c_x, c_eps)
     x0, eps = reference_x0_eps(source, compute)
-    y = column(coef.c_x, x0) * x0 + column(coef.c_eps, x0) * eps
+    y = column(c_x, x0) * x0 + column(c_eps, x0) * eps
     mse = (pred.to(compute) - y).square().flatten(1).mean(1)
-    return (coef.w * mse).mean(), mse
-
-
-def _launch(
-    pred: Tensor,
-    x0: Tensor,
-    c_x: Tensor,
-    c_eps: Tensor,
-    w: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    stream: Tensor | None,
-    sample_ids: Tensor | None,
-    moments_scale: float | None,
-    grad_scale: Tensor | None,
-    want_sums: bool,
-    want_grad: bool,
-    backend: str,
-) -> tuple[Any, Any]:
-    """Run a compiled back end, which knows samples of so many elements, not their shape."""
-    sums, grad = launcher(backend, "diffusion_loss").diffusion_loss(
-        pred.flatten(1),
-        x0.flatten(1),
-        None if noise is None else noise.flatten(1),
-        c_x.contiguous(),
-        c_eps.contiguous(),
-        w.contiguous(),
-        seed,
-        stream,
-        sample_ids,
-        moments_scale,
-        grad_scale,
-        want_sums,
-        want_grad,
-    )
-    return sums, None if grad is None else grad.view_as(pred)
+    return (w * mse).mean(), mse
 
 
 def _compute(
@@ -165,12 +133,40 @@ def _compute(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss 0-d, sums (B, 3), gradient like pred or empty)."""
-    sums, grad = _launch(
-        pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, None, True, write_grad, backend
+    grad = _empty_like(pred, backend) if write_grad else None
+    loss, sums = _launch(
+        pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, None, grad, True, backend
     )
-    batch = pred.shape[0]
-    loss = torch.dot(w, sums[:, 0] / (pred.numel() // batch)) / batch  # means first: sums times weights may overflow
+    assert loss is not None
+    assert sums is not None
     return loss, sums, pred.new_empty(0) if grad is None else grad
+
+
+def _empty_like(pred: Tensor, backend: str) -> Tensor:
+    return (cpu.empty_like if backend == "cpu" else empty_like)(pred)
+
+
+def _launch(
+    pred: Tensor,
+    x0: Tensor,
+    c_x: Tensor,
+    c_eps: Tensor,
+    w: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    stream: Tensor | None,
+    sample_ids: Tensor | None,
+    moments_scale: float | None,
+    grad_scale: Tensor | None,
+    grad: Tensor | None,
+    want_sums: bool,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    layouts = sample_layouts(x0, noise, pred, grad, drawn=noise is None or moments_scale is not None)
+    numbers = (c_x.contiguous(), c_eps.contiguous(), w.contiguous())
+    return launcher(backend, "diffusion_loss").diffusion_loss(
+        pred, x0, noise, *numbers, seed, stream, sample_ids, moments_scale, grad_scale, grad, want_sums, layouts
+    )
 
 
 _diffusion_loss = torch.library.custom_op("erdfast::diffusion_loss", _compute, mutates_args=())
@@ -179,7 +175,7 @@ _diffusion_loss = torch.library.custom_op("erdfast::diffusion_loss", _compute, m
 @_diffusion_loss.register_fake
 def _(pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, write_grad, backend):
     loss, sums = w.new_empty(()), w.new_empty((pred.shape[0], 3))
-    return loss, sums, torch.empty_like(pred) if write_grad else pred.new_empty(0)
+    return loss, sums, empty_like(pred) if write_grad else pred.new_empty(0)
 
 
 @torch.library.custom_op("erdfast::diffusion_loss_grad", mutates_args=())
@@ -198,16 +194,14 @@ def _diffusion_loss_grad(
     backend: str,
 ) -> Tensor:
     """grad_loss * dL/dpred, rounded once."""
-    scale = grad_loss.float()
-    _, grad = _launch(
-        pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, scale, False, True, backend
-    )
+    grad, scale = _empty_like(pred, backend), grad_loss.float()
+    _launch(pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, scale, grad, False, backend)
     return grad
 
 
 @_diffusion_loss_grad.register_fake
 def _(pred, x0, c_x, c_eps, w, noise, seed, stream, sample_ids, moments_scale, grad_loss, backend):
-    return torch.empty_like(pred)
+    return empty_like(pred)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -222,26 +216,25 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
         ctx.save_for_backward(w, sums, pred, x0, c_x, c_eps, noise, seed, stream, sample_ids)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients for pred, c_x, c_eps and w, where needed."""
     if grad_loss is None:
-        return (None,) * 12
+        return None, None, None, None
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotImplementedError(
             "diffusion_loss is differentiable once; use backend='reference' for second derivatives"
         )
-    needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
+    saved = ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
     w, sums = saved[:2]
     grad_pred = _pred_gradient(ctx, saved, grad_loss) if needs[0] else None
-    if not any(needs[2:5]):  # a fixed target: the usual case
-        return (grad_pred, *[None] * 11)
+    if not any(needs[1:]):  # a fixed target: the usual case
+        return grad_pred, None, None, None
     scale = 2.0 * grad_loss / ctx.numel
     return (
         grad_pred,
-        None,
-        -scale * w * sums[:, 1] if needs[2] else None,
-        -scale * w * sums[:, 2] if needs[3] else None,
-        0.5 * scale * sums[:, 0] if needs[4] else None,
-        *[None] * 7,
+        -scale * w * sums[:, 1] if needs[1] else None,
+        -scale * w * sums[:, 2] if needs[2] else None,
+        0.5 * scale * sums[:, 0] if needs[3] else None,
     )
 
 
@@ -265,18 +258,26 @@ def _keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_diffusion_loss.register_autograd(_backward, setup_context=_setup_context)
+def _op_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    pred, *numbers = _backward(ctx, grad_loss, (needs[0], *needs[2:5]))
+    return pred, None, *numbers, *[None] * 7
+
+
+_diffusion_loss.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 class _Direct(torch.autograd.Function):
-    """The same op past the dispatcher; see `in_plain_eager`."""
+    """The same op past the dispatcher; see `in_plain_eager`. `rest` are the inputs without gradients, as one object:
+    every input of its own would cost a microsecond."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, pred: Tensor, c_x: Tensor, c_eps: Tensor, w: Tensor, rest: tuple) -> tuple[Tensor, ...]:
+        inputs = (pred, rest[0], c_x, c_eps, w, *rest[1:])
         output = _compute(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, grad_loss, ctx.needs_input_grad), None

@@ -82,7 +82,7 @@ class DiffusionStep:
         with self.precision.autocast():
             pred = self.model(x_t, coef.time, self._labels(y, ids))
         # A network with learned variance predicts twice the channels; its second half is not trained here.
-        pred = pred[:, : x_t.shape[1]].contiguous()
+        pred = pred[:, : x_t.shape[1]]
         loss, mse = diffusion_loss(pred, x0, coef, key, per_sample=True)
         return StepResult(loss, mse, coef.logsnr.detach(), coef.time)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from erdfast.kernels.add_noise import add_noise, add_noise_kernel
+from erdfast.ops.source import sample_layouts
 from tests.kernels.inputs import (
     DTYPES,
     NORMAL_ERROR,
@@ -19,7 +20,9 @@ from tests.kernels.inputs import (
 def run(inputs, out):
     alpha, sigma, _ = inputs.coef
     seed, stream, ids = inputs.seed, inputs.stream, inputs.sample_ids
-    add_noise(out, inputs.x0, inputs.noise, alpha, sigma, seed, stream, ids, inputs.moments_scale)
+    drawn = inputs.noise is None or inputs.moments_scale is not None
+    layouts = sample_layouts(inputs.x0, inputs.noise, out, drawn=drawn)
+    add_noise(out, inputs.x0, inputs.noise, alpha, sigma, seed, stream, ids, inputs.moments_scale, layouts)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,6 +66,21 @@ def test_sample_does_not_depend_on_the_batch(device):
         assert torch.equal(alone, together[row])
 
 
+@pytest.mark.parametrize("layouts", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("moments", [False, True], ids=["plain", "moments"])
+def test_channels_last_is_the_same_numbers(layouts, moments, device):
+    shape, numel = (2, 4, 17, 19), 4 * 17 * 19
+    inputs = make_inputs((2, numel), torch.float32, keyed=True, moments=moments, device=device)
+    _, plain = guarded((2, numel), torch.float32, device)
+    run(inputs, plain)
+    whole, out = guarded((2, numel), torch.float32, device)
+    out = out.view(2, 17, 19, 4).movedim(-1, 1) if layouts[1] else out.view(shape)
+    x0 = inputs.x0.view(2, -1, 17, 19)
+    run(inputs._replace(x0=x0.contiguous(memory_format=torch.channels_last) if layouts[0] else x0), out)
+    assert torch.equal(out.flatten(1), plain)
+    assert_guard_intact(whole)
+
+
 def test_offsets_beyond_32_bits(device):
     """The last of 5 samples of 2^29 + 3 elements starts beyond 2^31. Of each sample only the lanes of one
     program are computed; the rest of the memory is reserved, never touched. In place, which is allowed: every
@@ -77,7 +95,9 @@ def test_offsets_beyond_32_bits(device):
     x[:, owned] = values
     alpha = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], device=device)
     add_noise_kernel[(batch,)](
-        x, x, x, alpha, alpha, None, None, None, 1.0, n, quarter, 1, KEYED=no, MOMENTS=no, BLOCK=block
+        *(x, x, x, alpha, alpha, None, None, None, 1.0, n, quarter, 1, n, n, 0, n, 0, 0),
+        **dict.fromkeys(("KEYED", "MOMENTS", "X0_LAST", "NOISE_LAST", "OUT_LAST"), no),
+        BLOCK=block,
     )
     expected = 2.0 * alpha.cpu().double()[:, None] * values.cpu().double()
     assert_within(x[:, owned], expected, ROUNDING[x.dtype] * expected.abs())

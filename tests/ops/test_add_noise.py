@@ -150,7 +150,7 @@ def test_bad_input_is_named() -> None:
         (lambda: add_noise(x0, coef, key, noise=x0), "both"),
         (lambda: add_noise(x0.int(), coef, key), "int32"),
         (lambda: add_noise(torch.zeros(0, 3), coef, key), r"\(0, 3\)"),
-        (lambda: add_noise(x0.transpose(1, 2), coef, key), "not contiguous"),
+        (lambda: add_noise(x0[:, :, ::2], coef, key), "neither contiguous nor channels-last"),
         (lambda: add_noise(x0, make_coefficients(3), key), r"alpha has shape \(3,\)"),
         (lambda: add_noise(x0, coef.double(), key), "float32 coefficients"),
         (lambda: add_noise(x0, coef, key, backend="cuda"), "choose from reference, cpu, triton"),
@@ -164,7 +164,8 @@ def test_bad_input_is_named() -> None:
         (lambda: add_noise(x0, coef, x0), "key is a Tensor.*noise="),  # pyright: ignore[reportArgumentType]
         (lambda: add_noise(x0, coef, NoiseKey(1, 2, [0, 1])), "sample_ids is a list"),  # pyright: ignore[reportArgumentType]
         (lambda: add_noise([0.0], coef, key), "x0 is a list"),  # pyright: ignore[reportArgumentType]
-        (lambda: add_noise(x0, coef._replace(alpha=0.5), key), "alpha is a float"),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise(x0, coef._replace(alpha="1"), key), "has a str as alpha"),  # pyright: ignore[reportArgumentType]
+        (lambda: add_noise(x0, {"alpha": 1.0}, key), "a dict, has no alpha; it needs alpha, sigma"),  # pyright: ignore[reportArgumentType]
         (lambda: add_noise(x0, coef, key, dtype="float16"), "dtype is 'float16'"),  # pyright: ignore[reportArgumentType]
         (lambda: add_noise(x0, coef, noise=x0.clone().requires_grad_()), "gradients for noise"),
         (lambda: add_noise(Moments(torch.zeros(2, 3, 4)), coef, key), "must be even"),

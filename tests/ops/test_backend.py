@@ -31,6 +31,32 @@ def test_names_are_checked() -> None:
         backend.resolve_backend("cuda", torch.device("cpu"), torch.float32)
 
 
+def test_the_default_can_be_set_for_a_while_and_compiled_code_follows() -> None:
+    device, dtype = torch.device("cpu"), torch.float32
+    chosen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        arguments = [a for node in graph.graph.nodes if "add_noise" in str(node.target) for a in node.args]
+        chosen.append(str(arguments[-1]) if arguments else "reference")
+        return graph
+
+    x0, coef, noise = torch.randn(2, 3, 5), make_coefficients(2), torch.randn(2, 3, 5)
+    compiled = torch.compile(lambda x0: add_noise(x0, coef, noise=noise), fullgraph=True, backend=record)
+    compiled(x0)
+    with backend.default_backend("reference"):
+        assert backend.resolve_backend(None, device, dtype) == "reference"
+        assert backend.resolve_backend("cpu", device, dtype) == "cpu"
+        compiled(x0)
+        with backend.default_backend("triton"):  # an op without it keeps its own choice
+            assert backend.resolve_backend(None, device, dtype, backends=("reference", "cpu")) == "cpu"
+        assert backend.resolve_backend(None, device, dtype) == "reference"
+    compiled(x0)
+    assert chosen == ["cpu", "reference"]  # and the first code is found again
+    assert backend.resolve_backend(None, device, dtype) == "cpu"
+    with pytest.raises(ValueError, match=", ".join(BACKENDS)), backend.default_backend("cuda"):
+        pass
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2, 5, 7), (2, 3, 40, 41)], ids=str)
 def test_triton_matches_float64(shape) -> None:
     pred, x0 = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)

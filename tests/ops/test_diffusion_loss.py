@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from erdfast.ops import Coefficients as Velocity
 from erdfast.ops import Moments, NoiseKey, add_noise, diffusion_loss
 from erdfast.ops.diffusion_loss import _diffusion_loss
 from tests.ops.conftest import DTYPES, EPSILON, SHAPES, Coefficients, make_coefficients, make_key
 
 
-def run(pred, x0, coef: Coefficients, key, backend, scale=1.0, noise=None):
+def run(pred, x0, coef: Coefficients, key, backend, scale=1.0, noise=None) -> tuple[Any, ...]:
     """(loss, mse, gradients of pred, c_x, c_eps, w)."""
     pred, coef = pred.detach().clone().requires_grad_(), coef.with_grad()
     loss, mse = diffusion_loss(pred, x0, coef, key, noise=noise, per_sample=True, backend=backend)
@@ -46,6 +48,72 @@ def test_mixed_dtypes_and_explicit_noise(device_backend, pred_dtype, x0_dtype) -
     coef = make_coefficients(3, device)
     wanted = run(pred.double(), x0.double(), coef.double(), None, "reference", noise=eps.double())
     compare(run(pred, x0, coef, None, backend, noise=eps), wanted, pred_dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 16, 16), (2, 3, 17, 19), (2, 3, 5, 7, 9), (2, 1, 8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["key", "noise"])
+def test_channels_last_is_the_same_numbers(device_backend, shape, dtype, given) -> None:
+    device, backend = device_backend
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    pred, x0, eps = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    coef = make_coefficients(shape[0], device)
+    key, noise = (None, eps) if given else (make_key(shape[0], device), None)
+    wanted = run(pred, x0, coef, key, backend, noise=noise)
+    for pred_last, x0_last in ((True, True), (True, False), (False, True)):
+        mixed_pred = pred.contiguous(memory_format=last) if pred_last else pred
+        mixed_x0 = x0.contiguous(memory_format=last) if x0_last else x0
+        got = run(mixed_pred, mixed_x0, coef, key, backend, noise=noise)
+        compare(got, [value.double() for value in wanted], dtype)
+        assert got[2].stride() == mixed_pred.stride()
+        x_t = add_noise(mixed_x0, coef, key, noise=noise, backend=backend)
+        assert torch.equal(x_t, add_noise(x0, coef, key, noise=noise, backend=backend))
+        assert x_t.stride() == mixed_x0.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["key", "noise"])
+def test_samples_may_lie_apart(device_backend, dtype, given) -> None:
+    """Half of a network's channels and every other sample, in both memory formats; results have no gaps."""
+    device, backend = device_backend
+    wide, every = torch.randn(3, 6, 5, 7, device=device).to(dtype), torch.randn(6, 3, 5, 7, device=device).to(dtype)
+    coef, key = make_coefficients(3, device), None if given else make_key(3, device)
+    noise = torch.randn(3, 3, 5, 7, device=device) if given else None
+    wanted = run(wide[:, :3].contiguous(), every[::2].contiguous(), coef, key, backend, noise=noise)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x0 = every.contiguous(memory_format=memory_format)[::2]
+        whole = wide.clone(memory_format=memory_format).requires_grad_()
+        loss, mse = diffusion_loss(whole[:, :3], x0, coef, key, noise=noise, per_sample=True, backend=backend)
+        loss.backward()
+        assert whole.grad is not None
+        compare((loss.detach(), mse, whole.grad[:, :3], *wanted[3:]), [value.double() for value in wanted], dtype)
+        assert (whole.grad[:, 3:] == 0).all()
+        x_t = add_noise(x0, coef, key, noise=noise, backend=backend)
+        assert x_t.is_contiguous(memory_format=memory_format)
+        assert torch.equal(x_t, add_noise(x0.contiguous(), coef, key, noise=noise, backend=backend))
+
+
+def test_numbers_stand_for_all_samples(device_backend) -> None:
+    device, backend = device_backend
+    pred, x0, t = torch.randn(3, 5, device=device), torch.randn(3, 5, device=device), torch.rand(3, device=device)
+    ones, key = torch.ones(3, device=device), make_key(3, device)
+    short, long = Velocity(1 - t, t, -1.0, 1.0), Velocity(1 - t, t, -ones, ones, ones)
+    assert torch.equal(
+        diffusion_loss(pred, x0, short, key, backend=backend), diffusion_loss(pred, x0, long, key, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_last_moments(device_backend, dtype) -> None:
+    device, backend = device_backend
+    pred, moments = torch.randn(3, 4, 5, 7, device=device).to(dtype), torch.rand(3, 8, 5, 7, device=device).to(dtype)
+    coef, key = make_coefficients(3, device), make_key(3, device)
+    wanted = run(pred, Moments(moments, 0.18215), coef, key, backend)
+    last = moments.contiguous(memory_format=torch.channels_last)
+    compare(run(pred, Moments(last, 0.18215), coef, key, backend), [value.double() for value in wanted], dtype)
+    x_t = add_noise(Moments(last, 0.18215), coef, key, backend=backend)
+    assert torch.equal(x_t, add_noise(Moments(moments, 0.18215), coef, key, backend=backend))
+    assert x_t.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,8 +291,8 @@ def test_bad_input_is_named() -> None:
     cases = [
         (lambda: diffusion_loss(torch.zeros(2, 3, 5), x0, coef, key), r"pred has shape \(2, 3, 5\)"),
         (
-            lambda: diffusion_loss(pred.permute(0, 2, 1), x0.permute(0, 2, 1).contiguous(), coef, key),
-            "not contiguous",
+            lambda: diffusion_loss(pred[:, :, ::2], x0[:, :, ::2].contiguous(), coef, key),
+            "neither contiguous nor channels-last",
         ),
         (lambda: diffusion_loss(pred, x0, coef._replace(w=torch.zeros(1)), key), r"w has shape \(1,\)"),
         (lambda: diffusion_loss(pred, x0.clone().requires_grad_(), coef, key), "gradients for x0"),
