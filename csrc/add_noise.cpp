@@ -7,11 +7,9 @@ void add_noise(const AddNoise& op) {
   const Layout layout(op.source);
   for_each_task(op.source, layout, [&](int64_t, int64_t b, int64_t begin, int64_t end) {
     const float alpha = op.alpha[b], sigma = op.sigma[b];
-    const Next next(op.source, layout, b, begin);
     Block block;
     alignas(64) float buffer[LANES];
     for (int64_t q = begin; q < end; q += LANES) {
-      prefetch_block(op.source.x0, layout, next, q - begin);
       read_block(op.source, layout, b, q, block);
       for (int j = 0; j < 4; ++j) {
         const int count = layout.count(q, j);

@@ -36,14 +36,11 @@ void diffusion_loss(const DiffusionLoss& op) {
     const float c_x = op.c_x[b], c_eps = op.c_eps[b];
     const float factor = static_cast<float>(
         op.grad_scale * 2.0 * op.w[b] / (static_cast<double>(source.batch) * static_cast<double>(source.numel)));
-    const Next next(source, layout, b, begin);
     Sums sums;
     Block block;
     alignas(64) float pred_buffer[LANES];
     alignas(64) float grad_buffer[LANES];
     for (int64_t q = begin; q < end; q += LANES) {
-      prefetch_block(op.pred, layout, next, q - begin);
-      prefetch_block(source.x0, layout, next, q - begin);
       read_block(source, layout, b, q, block);
       for (int j = 0; j < 4; ++j) {
         const int count = layout.count(q, j);

@@ -73,23 +73,6 @@ inline void read_block(const Source& source, const Layout& layout, int64_t b, in
   }
 }
 
-// Where the task after (b, begin) starts; the last one is its own successor.
-struct Next {
-  int64_t b, begin;
-
-  Next(const Source& source, const Layout& layout, int64_t b_, int64_t begin_) : b(b_), begin(begin_ + LANES_PER_TASK) {
-    if (begin < layout.quarter) return;
-    b = std::min(b_ + 1, source.batch - 1);
-    begin = 0;
-  }
-};
-
-// What the next task will read of an array at `ahead` lanes from its start.
-inline void prefetch_block(const Array& array, const Layout& layout, const Next& next, int64_t ahead) {
-  const int64_t q = next.begin + ahead;
-  for (int j = 0; j < 4; ++j) prefetch(array, next.b, layout.offset(q, j), layout.count(q, j));
-}
-
 inline int64_t tasks_per_sample(const Layout& layout) {
   return (layout.quarter + LANES_PER_TASK - 1) / LANES_PER_TASK;
 }

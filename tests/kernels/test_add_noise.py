@@ -96,7 +96,11 @@ def test_offsets_beyond_32_bits(device):
     alpha = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], device=device)
     add_noise_kernel[(batch,)](
         *(x, x, x, alpha, alpha, None, None, None, 1.0, n, quarter, 1, n, n, 0, n, 0, 0),
-        **dict.fromkeys(("KEYED", "MOMENTS", "X0_LAST", "NOISE_LAST", "OUT_LAST"), no),
+        KEYED=no,
+        MOMENTS=no,
+        X0_LAST=no,
+        NOISE_LAST=no,
+        OUT_LAST=no,
         BLOCK=block,
     )
     expected = 2.0 * alpha.cpu().double()[:, None] * values.cpu().double()
