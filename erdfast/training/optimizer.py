@@ -1,14 +1,15 @@
-"""AdamW over named parameters, and the learning rate as a pure function of the step."""
+"""AdamW and averages of named parameters, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from erdfast.config import OptimizerConfig
+from erdfast.ops.optimizer import AdamWEma
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -21,15 +22,17 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (PyTorch's fused version: one kernel over all parameters) in the order of `parameters`."""
-    return torch.optim.AdamW(
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, averages: Sequence[Tensor] = ()
+) -> AdamWEma:
+    """AdamW in the order of `parameters`; it also moves their `averages` (see ema.py), in the same pass over memory."""
+    return AdamWEma(
         list(parameters.values()),
         lr=config.lr,
         betas=config.betas,
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
-        fused=True,
+        emas=[(averages, config.ema_decay)] if averages else (),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ class Trainer:
         self.trained = nn.ModuleDict({"model": self.model, "process": self.process})
         self.parameters = {n: p for n, p in self.trained.named_parameters() if p.requires_grad}
         self.ema = Ema(self.trained, config.optimizer.ema_decay)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, self.ema.averages)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.name == "fp16")
         self.step = 0
         self.diffusion = DiffusionStep(
@@ -126,7 +127,7 @@ class Trainer:
         return interrupt.received if self.step < config.steps else None
 
     def _train_step(self) -> Tensor | None:
-        """One optimiser step; returns the gradient norm where it was computed."""
+        """One optimiser step; returns the gradient norm before clipping where it was computed."""
         config, step = self.config, self.step
         lr = learning_rate(config.optimizer, step, config.steps)
         for group in self.optimizer.param_groups:
@@ -140,15 +141,13 @@ class Trainer:
             total += result.loss.detach() / config.accumulation
             self.loss_by_logsnr.update(result.logsnr, result.mse)
             self.health.update(step, result)
-        grad_norm = self._gradient_norm()
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer, max_norm=self._max_norm())  # moves the averages too
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
         self.health.add_loss(total)
         self.step += 1
         self.speed.add(config.batch_size)
-        return grad_norm
+        return self.optimizer.grad_norm
 
     def _batch(self, offset: int, count: int) -> Batch:
         config = self.config
@@ -161,15 +160,12 @@ class Trainer:
         x, y = (part.to(self.device, non_blocking=True) for part in batch[:2])
         return Batch(x, y, batch.moments_scale)
 
-    def _gradient_norm(self) -> Tensor | None:
-        """The norm before clipping; None on steps that neither clip nor log."""
-        clip = self.config.optimizer.grad_clip
-        if not clip and (self.step + 1) % self.config.log_every and self.step + 1 < self.config.steps:
-            return None
-        self.scaler.unscale_(self.optimizer)
+    def _max_norm(self) -> float | None:
+        """What the gradient is clipped to; infinity only measures its norm, None is for steps that need none."""
+        clip, done = self.config.optimizer.grad_clip, self.step + 1
         if clip:
-            return nn.utils.clip_grad_norm_(self.parameters.values(), clip)
-        return nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+            return clip
+        return math.inf if done % self.config.log_every == 0 or done >= self.config.steps else None
 
     # ------------------------------------------------------------------ what it leaves behind
 

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from erdfast.config import OptimizerConfig
 from erdfast.presets import build_model
 from erdfast.training.ema import Ema
+from erdfast.training.optimizer import build_optimizer
 
 
 def small() -> nn.Sequential:
@@ -12,18 +14,22 @@ def small() -> nn.Sequential:
     return module
 
 
+def averaging(module: nn.Module, decay: float):
+    """(averages, optimiser that moves them)."""
+    ema = Ema(module, decay)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return ema, build_optimizer(trained, OptimizerConfig(lr=0.1, ema_decay=decay), ema.averages)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
 def test_against_float64(decay):
-    torch.manual_seed(0)
     module = small()
-    ema = Ema(module, decay)
+    ema, optimizer = averaging(module, decay)
     expected = {name: value.detach().double() for name, value in module.named_parameters()}
     for _ in range(50):
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter))
-        ema.update()
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
         for name, value in module.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
     for name, average in ema.module.named_parameters():
@@ -32,14 +38,14 @@ def test_against_float64(decay):
 
 def test_averages_are_a_copy_that_is_not_trained():
     module = small()
-    ema = Ema(module, 0.5)
+    ema, optimizer = averaging(module, 0.5)
     assert not ema.module.training
     assert module.training
     assert not any(parameter.requires_grad for parameter in ema.module.parameters())
     with torch.no_grad():
         module.get_parameter("0.weight").add_(1.0)
     assert not torch.equal(module.get_parameter("0.weight"), ema.module.get_parameter("0.weight"))
-    ema.update()
+    optimizer.step()  # without gradients parameters stay where they are, and averages follow
     torch.testing.assert_close(module.get_parameter("0.weight") - 0.5, ema.module.get_parameter("0.weight"))
 
 
@@ -47,7 +53,10 @@ def test_what_is_not_trained_stays_equal():
     model = build_model("dit_tiny")
     fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert fixed  # the position table
-    ema = Ema(model, 0.9)
-    ema.update()
+    ema, optimizer = averaging(model, 0.9)
+    assert len(ema.averages) == len(list(model.parameters())) - len(fixed)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
     for name in fixed:
         assert torch.equal(ema.module.get_parameter(name), model.get_parameter(name))

@@ -93,3 +93,39 @@ def test_state_goes_around_as_tensors():
     steps(again, other, 3)
     assert all(torch.equal(again[name], parameters[name]) for name in parameters)
     assert all(torch.equal(saved[name], before[name]) for name in saved)  # what was loaded is not shared
+
+
+def test_goes_on_from_the_state_of_torchs_own_adamw():
+    """As checkpoints hold it that were written when this was the optimiser."""
+    config = OptimizerConfig(lr=0.1, weight_decay=0.1)
+    target = [torch.randn(3), torch.randn(2)]
+    parameters = {"block.a": nn.Parameter(torch.randn(3)), "b": nn.Parameter(torch.randn(2))}
+    theirs = torch.optim.AdamW(list(parameters.values()), lr=0.1, weight_decay=0.1, fused=True)
+    for _ in range(3):
+        theirs.zero_grad()
+        quadratic(parameters, target).backward()
+        theirs.step()
+    again = {name: nn.Parameter(value.detach().clone()) for name, value in parameters.items()}
+    ours = build_optimizer(again, config)
+    load_optimizer_tensors(ours, again, optimizer_tensors(theirs, parameters))
+    for optimizer, values in ((theirs, parameters), (ours, again)):
+        for _ in range(3):
+            optimizer.zero_grad()
+            quadratic(values, target).backward()
+            optimizer.step()
+    for name, value in parameters.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-6)
+    mine, wanted = optimizer_tensors(ours, again), optimizer_tensors(theirs, parameters)
+    assert {name: (value.shape, value.dtype) for name, value in mine.items()} == {
+        name: (value.shape, value.dtype) for name, value in wanted.items()
+    }
+
+
+def test_averages_move_with_the_parameters():
+    parameters = {"a": nn.Parameter(torch.zeros(3))}
+    averages = [torch.zeros(3)]
+    optimizer = build_optimizer(parameters, OptimizerConfig(lr=1.0, ema_decay=0.75), averages)
+    parameters["a"].grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(parameters["a"].detach(), -torch.ones(3))
+    torch.testing.assert_close(averages[0], torch.full((3,), -0.25))
