@@ -18,12 +18,11 @@ from erdfast.models.layers import (
     Mlp,
     PatchEmbed,
     TimeFeatures,
-    gated_residual,
-    modulated_norm,
     sincos_table,
     unpatchify,
     xavier_uniform,
 )
+from erdfast.ops.modulated_norm import gated_residual, modulated_norm, residual_norm
 
 TIME_FEATURES = 256
 
@@ -103,8 +102,9 @@ class DiTBlock(nn.Module):
     def forward(self, x_BLD: Tensor, condition_BD: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x_BLD = gated_residual(x_BLD, attn_gate, self.attn(modulated_norm(x_BLD, attn_shift, attn_scale)))
-        return gated_residual(x_BLD, mlp_gate, self.mlp(modulated_norm(x_BLD, mlp_shift, mlp_scale)))
+        branch_BLD = self.attn(modulated_norm(x_BLD, attn_shift, attn_scale))
+        x_BLD, normed_BLD = residual_norm(x_BLD, branch_BLD, attn_gate, mlp_shift, mlp_scale)
+        return gated_residual(x_BLD, mlp_gate, self.mlp(normed_BLD))
 
 
 class FinalLayer(nn.Module):

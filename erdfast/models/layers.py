@@ -3,9 +3,8 @@
 B batch, C channels, Y x X image, P patch size, L tokens, D width, H heads, K head width, M hidden width of an
 MLP, E width of the time features. A suffix names a tensor's shape: x_BLD is (B, L, D).
 
-The small functions (`modulated_norm`, `gated_residual`, `join_skip`) are the memory-bound steps between the
-matrix products: a fused kernel replaces one of them without a change in the backbones. Parameter names are
-those of the published checkpoints.
+The memory-bound steps between the matrix products are ops (`erdfast.ops`), for which modules only hold parameters.
+Parameter names are those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -18,22 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erdfast.ops.attention import attention, check_attention_backend
+from erdfast.ops.gelu import gelu, linear_gelu
+from erdfast.ops.modulated_norm import modulated_norm
+from erdfast.ops.skip_linear import skip_linear
 
 
-def modulated_norm(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """LayerNorm without parameters, then `x * (1 + scale) + shift` with one shift and scale per sample."""
-    normed_BLD = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=eps)
-    return normed_BLD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+def normed(norm: nn.LayerNorm, x_BLD: Tensor) -> Tensor:
+    """`norm(x)`; the module only holds weight and bias."""
+    return modulated_norm(x_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
-def gated_residual(x_BLD: Tensor, gate_BD: Tensor, branch_BLD: Tensor) -> Tensor:
-    """`x + gate * branch` with one gate per sample and channel."""
-    return x_BLD + gate_BD.unsqueeze(1) * branch_BLD
-
-
-def join_skip(linear: nn.Linear, x_BLD: Tensor, skip_BLD: Tensor) -> Tensor:
+def join_skip(linear: nn.Module, x_BLD: Tensor, skip_BLD: Tensor) -> Tensor:
     """The Linear(2D -> D) of a long skip: its first D inputs take x, the other D the skip."""
-    return linear(torch.cat([x_BLD, skip_BLD.to(x_BLD.dtype)], dim=-1))
+    if type(linear) is not nn.Linear:  # one that computes otherwise, in fp8 for instance
+        return linear(torch.cat([x_BLD, skip_BLD.to(x_BLD.dtype)], dim=-1))
+    return skip_linear(x_BLD, skip_BLD, linear.weight, linear.bias)
 
 
 def patchify(image_BCYX: Tensor, patch_size: int) -> Tensor:
@@ -104,7 +102,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLD), approximate=self.approximate))
+        if type(self.fc1) is nn.Linear:
+            hidden_BLM = linear_gelu(x_BLD, self.fc1.weight, self.fc1.bias, self.approximate)
+        else:  # one that computes otherwise, in fp8 for instance
+            hidden_BLM = gelu(self.fc1(x_BLD), self.approximate)
+        return self.fc2(hidden_BLM)
 
 
 class TimeFeatures(nn.Module):

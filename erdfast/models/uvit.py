@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from erdfast.models.backbone import Accounting, Backbone, BackboneConfig
-from erdfast.models.layers import Attention, Mlp, PatchEmbed, TimeFeatures, join_skip, unpatchify
+from erdfast.models.layers import Attention, Mlp, PatchEmbed, TimeFeatures, join_skip, normed, unpatchify
+from erdfast.ops.modulated_norm import residual_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,10 @@ class UViTBlock(nn.Module):
         if self.skip_linear is not None:
             assert skip_BLD is not None
             x_BLD = join_skip(self.skip_linear, x_BLD, skip_BLD)
-        x_BLD = x_BLD + self.attn(self.norm1(x_BLD))
-        return x_BLD + self.mlp(self.norm2(x_BLD))
+        branch_BLD = self.attn(normed(self.norm1, x_BLD))
+        norm = self.norm2
+        x_BLD, normed_BLD = residual_norm(x_BLD, branch_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        return x_BLD + self.mlp(normed_BLD)
 
 
 class UViT(Backbone):
@@ -135,7 +138,7 @@ class UViT(Backbone):
         for block in self.out_blocks:
             x_BLD = block(x_BLD, skips.pop())
         # The norm acts on each token alone, so that the tokens that are not decoded need none.
-        patches = self.decoder_pred(self.norm(x_BLD[:, self.extra_tokens :]))
+        patches = self.decoder_pred(normed(self.norm, x_BLD[:, self.extra_tokens :]))
         return self.final_layer(unpatchify(patches, self.grid, self.patch_size))
 
     def _tokens(self, x: Tensor, time: Tensor, y: Tensor | None) -> Tensor:

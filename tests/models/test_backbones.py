@@ -222,7 +222,7 @@ def test_wrong_inputs_are_refused(name):
         ({"patch_size": 0}, "patch_size must be at least 1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio"),
         ({"num_classes": -1}, "num_classes must be at least 0"),
-        ({"attention": "xformers"}, "unknown attention backend 'xformers'"),
+        ({"attention": "xformer"}, "unknown attention backend 'xformer'"),
     ],
 )
 @pytest.mark.parametrize("name", TINY)
