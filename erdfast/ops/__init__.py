@@ -3,10 +3,40 @@
 Importing this package needs PyTorch alone; back ends load at first use.
 """
 
+from .adamw_ema import adamw_ema, grad_norm
 from .add_noise import add_noise
 from .attention import attention
 from .backend import BACKENDS
 from .diffusion_loss import diffusion_loss
+from .gelu import gelu, linear_gelu
+from .heun_step import HeunRow, heun_step
+from .modulated_norm import gated_residual, modulated_norm, residual_norm
+from .optimizer import AdamWEma
+from .qk_norm_rope import qk_norm_rope, rope_tables
+from .skip_linear import skip_linear
 from .source import Coefficients, Moments, NoiseKey
+from .swiglu import swiglu
 
-__all__ = ["BACKENDS", "Coefficients", "Moments", "NoiseKey", "add_noise", "attention", "diffusion_loss"]
+__all__ = [
+    "BACKENDS",
+    "AdamWEma",
+    "Coefficients",
+    "HeunRow",
+    "Moments",
+    "NoiseKey",
+    "adamw_ema",
+    "add_noise",
+    "attention",
+    "diffusion_loss",
+    "gated_residual",
+    "gelu",
+    "grad_norm",
+    "heun_step",
+    "linear_gelu",
+    "modulated_norm",
+    "qk_norm_rope",
+    "residual_norm",
+    "rope_tables",
+    "skip_linear",
+    "swiglu",
+]
