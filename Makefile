@@ -24,8 +24,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# Every op, a training step of the digits network, and the tables of README made anew. (A GPU: bench/gpu.sh.)
+OPS := $(filter-out bench_train_step,$(patsubst bench/%.py,%,$(wildcard bench/bench_*.py)))
 bench: install
-	$(BIN)/python -m bench.bench_diffusion_loss
+	set -e; for op in $(OPS); do $(BIN)/python -m bench.$$op; done
+	$(BIN)/python -m bench.bench_train_step --model uvit_digits
+	$(BIN)/python -m bench.aot --save
+	$(BIN)/python -m bench.report
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,23 +1,27 @@
 """Compiles every Triton kernel for sm_80 (A100) and sm_90 (H100, H200) without a GPU or driver: `python -m
 bench.aot`.
 
-Prints registers, spills, shared memory and cubin size of each variant and exits with 1 if one spills or takes
-more shared memory than the architecture has. Must run in a process of its own without TRITON_INTERPRET:
+Prints registers, spills, shared memory, cubin size and occupancy of each variant and exits with 1 if one spills or
+takes more shared memory than the architecture has. Must run in a process of its own without TRITON_INTERPRET:
 `triton.jit` decides once, when a kernel is defined, whether it will be interpreted.
 
-The variants are those of bench/variants/.
+The variants are those of bench/variants/. `--save` writes the table to bench/results/aot.json, which is committed;
+`python -m bench.report` makes a page of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,13 @@ from bench.variants import op_names, variants_of
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes a program may use, by compute capability (CUDA programming guide, technical specifications)."""
+SHARED_MEMORY_OF_SM = {80: 164 * 1024, 90: 228 * 1024}
+RESERVED_SHARED_BYTES = 1024
+"""That the system takes for itself in each program."""
+REGISTERS_OF_SM, WARPS_OF_SM, PROGRAMS_OF_SM = 65536, 64, 32
+REGISTER_UNIT, WARP_UNIT = 256, 4
+"""Registers come to a warp in multiples of the first; each of the four parts of an SM holds a quarter of its warps."""
+TABLE = Path(__file__).parent / "results" / "aot.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,11 @@ class Report:
     cubin_bytes: int
     widest_load_bytes: int
     """Of the vector loads from global memory: 16 is what the memory system wants."""
+    num_warps: int
+    programs_per_sm: int
+    """That fit at once, bound by registers, shared memory, threads and the hardware's own limit."""
+    warp_share: float
+    """Of the SM's warps, that those programs make up."""
 
     @property
     def fits(self) -> bool:
@@ -115,18 +131,52 @@ def _widest_load(ptx: str) -> int:
     return max((int(count or 1) * int(bits) // 8 for count, bits in loads if (count, bits) != ("", "64")), default=0)
 
 
-def compile_variants(kernels: list[str], ccs: list[int]) -> Iterator[Report]:
-    """Compiles the variants of the named ops for each compute capability."""
+def programs_per_sm(cc: int, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Occupancy as NVIDIA's calculator has it: how many programs an SM holds at once."""
+    registers_of_warp = -(-max(registers, 1) * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    warps = REGISTERS_OF_SM // registers_of_warp // WARP_UNIT * WARP_UNIT
+    shared = -(-shared_bytes // 128) * 128 + RESERVED_SHARED_BYTES
+    return min(PROGRAMS_OF_SM, WARPS_OF_SM // num_warps, warps // num_warps, SHARED_MEMORY_OF_SM[cc] // shared)
+
+
+def compile_variants(kernels: list[str], ccs: list[int], jobs: int = 1) -> Iterator[Report]:
+    """Compiles the variants of the named ops for each compute capability, in `jobs` processes at a time."""
     if unknown := sorted(set(kernels) - set(op_names())):
         raise ValueError(f"no kernel is called {', '.join(unknown)}; choose from {', '.join(op_names())}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
-    for name in kernels:
-        for v in variants_of(name):
-            for cc in ccs:
-                options = {"num_warps": v.num_warps, "num_stages": v.num_stages}
-                measured = compile_kernel(v.fn, v.signature, v.constants, cc, aligned=v.aligned, **options)
-                yield Report(kernel=v.kernel, name=v.name, cc=cc, **measured)
+    tasks = [(op, i, cc) for op in kernels for i, _ in enumerate(variants_of(op)) for cc in ccs]
+    if jobs == 1:
+        yield from itertools.starmap(_compile, tasks)
+        return
+    # New processes: a forked copy of one that has imported PyTorch may hang in its threads.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile, *zip(*tasks, strict=True), chunksize=4)
+
+
+def _compile(op: str, index: int, cc: int) -> Report:
+    """One variant of an op, by its place: kernels cannot be sent to another process."""
+    v = next(itertools.islice(variants_of(op), index, None))
+    options = {"num_warps": v.num_warps, "num_stages": v.num_stages}
+    measured = compile_kernel(v.fn, v.signature, v.constants, cc, aligned=v.aligned, **options)
+    programs = programs_per_sm(cc, measured["registers"], measured["shared_bytes"], v.num_warps)
+    return Report(
+        kernel=v.kernel,
+        name=v.name,
+        cc=cc,
+        **measured,
+        num_warps=v.num_warps,
+        programs_per_sm=programs,
+        warp_share=programs * v.num_warps / WARPS_OF_SM,
+    )
+
+
+def save(reports: Sequence[Report]) -> None:
+    """Write the table that is committed, one variant a line."""
+    import triton
+
+    rows = ",\n".join(f"    {json.dumps(asdict(report))}" for report in reports)
+    TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "rows": [\n{rows}\n  ]\n}}\n')
 
 
 def main() -> int:
@@ -136,19 +186,31 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", default=op_names(), metavar="NAME", help=f"of {', '.join(op_names())}")
     parser.add_argument("--cc", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
+    parser.add_argument("--save", action="store_true", help=f"write {TABLE.relative_to(TABLE.parents[2])}: all kernels")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
     args = parser.parse_args()
-    fits = True
+    everything = args.kernel == op_names() and args.cc == [80, 90]
+    if args.save and not everything:
+        parser.error("--save takes all kernels and architectures: leave --kernel and --cc out")
+    reports = []
     if not args.json:
-        columns = f"{'regs':>5} {'spill':>6} {'stack':>6} {'shared':>7} {'cubin':>7} {'load':>5}"
+        columns = (
+            f"{'regs':>5} {'spill':>6} {'stack':>6} {'shared':>7} {'cubin':>7} {'load':>5} {'per SM':>7} {'warps':>6}"
+        )
         print(f"{'kernel':15} {'variant':28} {'sm':>3} {columns}")
-    for r in compile_variants(args.kernel, args.cc):
-        fits &= r.fits
+    for r in compile_variants(args.kernel, args.cc, args.jobs):
+        reports.append(r)
         if args.json:
             print(json.dumps(asdict(r)), flush=True)
             continue
         local = f"{r.registers:5} {r.spill_bytes:6} {r.stack_bytes:6}"
-        sizes = f"{r.shared_bytes:7} {r.cubin_bytes:7} {r.widest_load_bytes:5}"
+        sizes = (
+            f"{r.shared_bytes:7} {r.cubin_bytes:7} {r.widest_load_bytes:5} {r.programs_per_sm:7} {r.warp_share:6.0%}"
+        )
         print(f"{r.kernel:15} {r.name:28} {r.cc:3} {local} {sizes}", flush=True)
+    if args.save:
+        save(reports)
+    fits = all(report.fits for report in reports)
     return 0 if fits else 1
 
 

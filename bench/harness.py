@@ -1,120 +1,337 @@
-"""Interleaved timing of several implementations of the same work, and where the results are kept.
+"""What a benchmark is: cases with several implementations ("sides") of one op, measured interleaved and kept as JSON.
 
-All sides run in one process, one call after the other in every round, on inputs that rotate so that no side profits
-from another's warm caches. A result names device, versions, date and commit, and is a ratio of medians with its spread.
+A benchmark file has `OP`, `cases(device, dtypes)` and `main`, which calls `run_cases`. Each case is timed forward,
+backward and both, on random inputs that rotate through enough sets to exceed the caches. A row of the result says how
+the fused side does against each other side (ratio of medians, with low and high from opposite quantiles), how much of
+the least possible time it takes (`share`: bytes over the measured copy rate or operations over the measured matrix
+rate, whichever is longer), and what memory it needs.
+
+Eager and fused are measured beside each other before torch.compile has run in the process, and torch.compile beside
+fused afterwards: on a CPU, what the compiler allocates teaches glibc to keep memory, which flatters eager code, whose
+temporaries are fresh pages in a process of its own. On a GPU the allocator is PyTorch's, and one pass holds all sides.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import date
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-RESULTS = Path(__file__).parent / "results"
+from .device import ROOT, Ceilings, default_device, device_name, environment, measure_ceilings
+from .timing import Prepare, Timing, interleave, ratio
+
+RESULTS = ROOT / "bench" / "results"
+PASSES = ("forward", "backward", "both")
+ROTATION_BYTES = 256 << 20
+"""Inputs rotate through sets of this size together: five times the L2 of an H100."""
+MAX_SETS = 8
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Milliseconds per call."""
+class Case:
+    """One size of one op."""
 
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    rounds: int
+    name: str
+    """Such as "128x258x1152 bfloat16"; names the rows of one op apart."""
+    fields: dict[str, Any]
+    """Shape, dtype (of the matrix products, if they matter), options: goes into the row as it is."""
+    make_inputs: Callable[[int], tuple]
+    """i => one set of random inputs; those that need gradients have requires_grad=True."""
+    sides: dict[str, Callable[..., Any]]
+    """ "eager", "fused" and optional others; each maps the inputs to a tensor or a tuple."""
+    passes: tuple[str, ...] = ("forward", "backward")
+    """What is timed; with "backward" also "both", forward and backward as one. ("both",) alone is possible."""
+    bytes: dict[str, int]
+    """Least traffic per pass; "both" is the sum of the others unless given."""
+    flops: dict[str, int] = field(default_factory=dict)
+    """Operations per pass, where matrix products matter."""
+    compile: bool = True
+    """Add the side "compile", torch.compile of eager."""
+
+    def all_passes(self) -> tuple[str, ...]:
+        """In the order of PASSES."""
+        wanted = {*self.passes, *(("both",) if "backward" in self.passes else ())}
+        if unknown := wanted - set(PASSES):
+            raise ValueError(f"{self.name}: no pass is called {', '.join(unknown)}; choose from {', '.join(PASSES)}")
+        return tuple(name for name in PASSES if name in wanted)
+
+    def work(self, kind: str, amounts: Mapping[str, int]) -> int:
+        """`amounts` (bytes or flops) of a pass; those of "both" add up."""
+        return amounts[kind] if kind in amounts else sum(amounts.values()) if kind == "both" else 0
 
 
-def synchronize() -> None:
-    """Wait for a GPU, if there is one."""
-    if torch.cuda.is_available():
+Cases = Callable[[str, Sequence[torch.dtype]], Iterable[Case]]
+
+
+class Measurement:
+    """A case's inputs and sides, and how a pass of a side is called."""
+
+    def __init__(self, case: Case, device: str, *, compiled: bool | None) -> None:
+        """compiled: False leaves torch.compile out, True measures only it and fused, None takes all sides."""
+        self.case, self.device = case, device
+        self.sides = dict(case.sides)
+        if compiled:
+            self.sides = {"fused": self.sides["fused"]}
+        if case.compile and compiled is not False:
+            torch._dynamo.reset()  # each case compiles its own
+            self.sides = {"compile": torch.compile(case.sides["eager"], dynamic=False), **self.sides}
+        self.sets = [case.make_inputs(0)]
+        size = sum(t.nbytes for t in _tensors(self.sets[0]))
+        count = min(max(math.ceil(ROTATION_BYTES / max(size, 1)), 1), MAX_SETS)
+        self.sets += [case.make_inputs(i) for i in range(1, count)]
+        self._gradients: dict[tuple[int, int], Tensor] = {}
+
+    def prepare(self, side: str, kind: str) -> Prepare:
+        """For `interleave`: call number => what is timed."""
+        function = self.sides[side]
+
+        def forward(i: int) -> Callable[[], object]:
+            return partial(function, *self.sets[i % len(self.sets)])
+
+        def backward(i: int) -> Callable[[], object]:
+            index = i % len(self.sets)
+            inputs = self.sets[index]
+            return self._differentiate(function(*inputs), inputs, index)
+
+        def both(i: int) -> Callable[[], object]:
+            index = i % len(self.sets)
+            inputs = self.sets[index]
+            return lambda: self._differentiate(function(*inputs), inputs, index)()
+
+        return {"forward": forward, "backward": backward, "both": both}[kind]
+
+    def _differentiate(self, output: Any, inputs: tuple, index: int) -> Callable[[], object]:
+        """The gradients of the inputs: of a loss itself; of other outputs for a random gradient, the same each time."""
+        outputs = [t for t in _tensors(output) if t.requires_grad]
+        leaves = [t for t in _tensors(inputs) if t.requires_grad]
+        gradients = []
+        for k, out in enumerate(outputs):
+            if (index, k) not in self._gradients:
+                make = torch.ones_like if out.dim() == 0 else torch.randn_like
+                self._gradients[index, k] = make(out.detach())
+            gradients.append(self._gradients[index, k])
+        return partial(torch.autograd.grad, outputs, leaves, gradients, allow_unused=True)
+
+    def drop_failing(self) -> dict[str, str]:
+        """Try every pass of every side once; sides that raise are left out and named with the reason."""
+        failed = {}
+        for side in list(self.sides):
+            try:
+                for kind in self.case.all_passes():
+                    self.prepare(side, kind)(0)()
+            except Exception as error:
+                failed[side] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                del self.sides[side]
+        return failed
+
+    def time(self, kind: str, rounds: int) -> dict[str, Timing]:
+        """All sides, interleaved."""
+        sides = {side: self.prepare(side, kind) for side in self.sides}
+        return interleave(sides, rounds, device=self.device)
+
+    def peak_bytes(self, side: str, kind: str) -> int | None:
+        """The most that a call allocates beyond what was there before; None on a CPU, where nobody counts all of it."""
+        if self.device != "cuda":
+            return None
+        work = self.prepare(side, kind)(0)
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+
+    def kept_bytes(self, side: str) -> int:
+        """What the forward pass keeps for the backward pass beyond inputs, parameters and outputs, on any device."""
+        inputs = self.sets[0]
+        kept: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            base = tensor if tensor._base is None else tensor._base
+            if not (base.is_leaf and base.requires_grad):
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self.sides[side](*inputs)
+        known = {t.untyped_storage().data_ptr() for t in [*_tensors(inputs), *_tensors(output)]}
+        return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
 
 
-def interleave(sides: Mapping[str, Callable[[int], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
-    """Time every side once per round; each is called with the number of the round, to choose its inputs by."""
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(warmup + rounds):
-        for name, call in sides.items():
-            synchronize()
-            start = time.perf_counter()
-            call(i)
-            synchronize()
-            if i >= warmup:
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    return {name: summarize(values) for name, values in samples.items()}
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def summarize(values_ms: Sequence[float]) -> Timing:
-    """Quantiles of one side's calls."""
-    p20, p50, p80 = (float(torch.tensor(values_ms, dtype=torch.float64).quantile(q)) for q in (0.2, 0.5, 0.8))
-    return Timing(p20_ms=p20, p50_ms=p50, p80_ms=p80, rounds=len(values_ms))
+# ---------------------------------------------------------------------------- rows
 
 
-def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
-    """How many times faster, by medians; low and high compare the quantiles crosswise."""
+def measure(case: Case, device: str, rounds: int, *, compiled: bool | None) -> dict[str, Any]:
+    """What one process run of a case gives: per pass the timings, and the memory of each side."""
+    missing = {"eager", "fused"} - set(case.sides)
+    if missing:
+        raise ValueError(f"{case.name} has no side called {' or '.join(sorted(missing))}")
+    run = Measurement(case, device, compiled=compiled)
+    failed = run.drop_failing()
+    if "fused" in failed or (not compiled and "eager" in failed):
+        raise RuntimeError("; ".join(f"{side}: {reason}" for side, reason in failed.items()))
+    kinds = case.all_passes()
+    differentiable = "both" in kinds
     return {
-        "median": slow.p50_ms / fast.p50_ms,
-        "low": slow.p20_ms / fast.p80_ms,
-        "high": slow.p80_ms / fast.p20_ms,
+        "failed": failed,
+        "timings": {kind: run.time(kind, rounds) for kind in kinds},
+        "peak_bytes": {kind: {side: run.peak_bytes(side, kind) for side in run.sides} for kind in kinds},
+        "kept_bytes": {side: run.kept_bytes(side) for side in run.sides} if differentiable else {},
     }
 
 
-def copy_rate(numel: int = 1 << 25, rounds: int = 9) -> float:
-    """Bytes per second that this device copies (read and written), for float32 arrays far larger than its caches."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source, target = torch.ones(numel, device=device), torch.zeros(numel, device=device)
-    timing = interleave({"copy": lambda _: target.copy_(source)}, rounds)["copy"]
-    return 2 * 4 * numel / (1e-3 * timing.p50_ms)
+def make_rows(case: Case, runs: Sequence[Mapping[str, Any]], ceilings: Ceilings) -> list[dict[str, Any]]:
+    """One row per pass from the runs of a case: a side is compared with the fused side of its own run."""
+    rows = []
+    for kind in case.all_passes():
+        timings: list[dict[str, Timing]] = [run["timings"][kind] for run in runs]
+        fused = timings[0]["fused"]
+        num_bytes, flops = case.work(kind, case.bytes), case.work(kind, case.flops)
+        dtype = str(_plain(case.fields.get("dtype", "bfloat16")))
+        peaks = {side: peak for run in runs for side, peak in run["peak_bytes"][kind].items() if peak is not None}
+        row = {
+            "case": case.name,
+            "pass": kind,
+            "fields": {name: _plain(value) for name, value in case.fields.items()},
+            "bytes": num_bytes,
+            "flops": flops,
+            "bytes_per_s": num_bytes / (1e-3 * fused.p50_ms),
+            "flops_per_s": flops / (1e-3 * fused.p50_ms),
+            "share": ceilings.floor_s(num_bytes, flops, dtype) / (1e-3 * fused.p50_ms),
+            "over": {s: ratio(t, beside["fused"]) for beside in timings for s, t in beside.items() if s != "fused"},
+            "peak_bytes": peaks or None,
+            "kept_bytes": {side: kept for run in runs for side, kept in run["kept_bytes"].items()} or None,
+            "timings": [{side: asdict(timing) for side, timing in beside.items()} for beside in timings],
+        }
+        if failed := {side: reason for run in runs for side, reason in run["failed"].items()}:
+            row["failed"] = failed
+        rows.append(row)
+    return rows
 
 
-def device_name() -> str:
-    """Short name of what is measured: folder of bench/results."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "_").lower()
-    flags = "avx512" if "avx512" in torch.backends.cpu.get_cpu_capability().lower() else "cpu"
-    return f"{platform.machine()}_{flags}_{torch.get_num_threads()}threads"
+def _plain(value: Any) -> Any:
+    """For JSON: dtypes by name."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-def environment() -> dict[str, Any]:
-    """What a result must name to be believed."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
+def print_row(row: Mapping[str, Any]) -> None:
+    """One line for people."""
+    fused = row["timings"][0]["fused"]["p50_ms"]
+    over = "  ".join(f"{r['median']:5.2f}x {side} ({r['low']:.2f}-{r['high']:.2f})" for side, r in row["over"].items())
+    print(
+        f"{row['case']:34} {row['pass']:8} {fused:9.3f} ms  {100 * row['share']:4.0f}% of ceiling  {over}", flush=True
     )
-    return {
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
+    for side, reason in row.get("failed", {}).items():
+        print(f"    {side} left out: {reason}")
 
 
-def save(op: str, results: Sequence[Mapping[str, Any]]) -> Path:
-    """Write bench/results/<device>/<op>.json."""
-    path = RESULTS / device_name() / f"{op}.json"
+# ---------------------------------------------------------------------------- running
+
+
+def run_cases(op: str, cases: Cases, doc: str | None, argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The command line of a benchmark: measure, print, write bench/results/<device>/<op>.json as rows come in.
+
+    Exits with 1 after all cases if one could not be measured.
+    """
+    options = _parse(doc, argv)
+    device = default_device()
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(device, quick=options.quick)
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.matmul_flops_per_s.items())
+    copies = f"copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s"
+    print(f"{op} on {device_name()}: {copies}, matrix products in TFLOP/s: {rates}", flush=True)
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    size = "cpu" if options.quick else device
+    chosen = [case for case in cases(size, dtypes) if options.only in case.name]
+    if not chosen:
+        raise SystemExit(f"no case of {op} has {options.only!r} in its name")
+    if options.quick:
+        chosen = chosen[:1]
+    rows: list[dict[str, Any]] = []
+    failures = []
+    for case, runs in _runs(chosen, size, options, failures):
+        new = make_rows(case, runs, ceilings)
+        rows += new
+        for row in new:
+            print_row(row)
+        if options.save:
+            save(op, rows, ceilings, complete=False, results=options.results)
+    if options.save and rows:
+        path = save(op, rows, ceilings, complete=not failures, results=options.results)
+        print(f"written: {path}")
+    if failures:
+        raise SystemExit("\n".join(["not measured:", *failures]))
+    return rows
+
+
+def _runs(
+    cases: Sequence[Case], device: str, options: argparse.Namespace, failures: list[str]
+) -> Iterable[tuple[Case, list[dict[str, Any]]]]:
+    """Each case with its runs; on a CPU all of eager precedes all of torch.compile (see the top of this file)."""
+
+    def attempt(case: Case, compiled: bool | None) -> dict[str, Any] | None:
+        try:
+            return measure(case, device, options.rounds, compiled=compiled)
+        except Exception as error:
+            failures.append(f"  {case.name}: {error}")
+            return None
+
+    if device == "cuda":
+        for case in cases:
+            if (run := attempt(case, None if options.compile else False)) is not None:
+                yield case, [run]
+        return
+    first = [(case, attempt(case, False)) for case in cases]
+    for case, run in first:
+        if run is None:
+            continue
+        second = attempt(case, True) if options.compile and case.compile else None
+        yield case, [run] if second is None else [run, second]
+
+
+def _parse(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=31, help="timed calls of each side")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name; not saved")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--no-save", dest="save", action="store_false", help="print only")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--quick", action="store_true", help="one small case and few calls: does it run? not saved")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.rounds = min(options.rounds, 3)
+    options.save = options.save and not options.only and not options.quick
+    return options
+
+
+def save(
+    op: str, rows: Sequence[Mapping[str, Any]], ceilings: Ceilings, *, complete: bool = True, results: Path = RESULTS
+) -> Path:
+    """Write <results>/<device>/<op>.json; `complete` says whether every case is in it."""
+    path = results / device_name() / f"{op}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"op": op, "environment": environment(), "results": list(results)}, indent=2) + "\n")
+    result = {
+        "op": op,
+        "environment": environment(),
+        "ceilings": asdict(ceilings),
+        "complete": complete,
+        "rows": list(rows),
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
     return path
-
-
-def as_dict(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    """For JSON."""
-    return {name: asdict(timing) for name, timing in timings.items()}
-
-
-def spread(timings: Sequence[Timing]) -> float:
-    """Median relative distance between the 20% and 80% quantiles: above 0.3 the machine was busy."""
-    return statistics.median((t.p80_ms - t.p20_ms) / t.p50_ms for t in timings)

@@ -29,6 +29,8 @@ class Variant(NamedTuple):
     """Pointers to 16 bytes and integers that are multiples of 16."""
     num_warps: int
     num_stages: int = 3
+    ccs: tuple[int, ...] = (80, 90)
+    """The compute capabilities that a launch uses it on."""
 
 
 def pointers(**types: str | None) -> dict[str, str]:

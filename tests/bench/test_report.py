@@ -1,23 +1,99 @@
-"""README says what the committed results say."""
+"""README and the pages of results say what the committed results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from bench import report
-from bench.harness import Timing, interleave, ratio
+
+TIMING = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "rounds": 5, "host_ms": None}
 
 
-def test_readme_is_rendered_from_committed_results() -> None:
-    text = report.README.read_text()
-    assert report.MARKED.search(text)
-    assert report.render(text) == text
+def row(case: str = "8x8 float32", **options: Any) -> dict[str, Any]:
+    return {
+        "case": case,
+        "pass": "both",
+        "share": 0.5,
+        "over": {"eager": {"median": 2.0, "low": 1.5, "high": 2.5}},
+        "peak_bytes": None,
+        "kept_bytes": {"eager": 3_000_000, "fused": 1_000_000},
+        "timings": [{"fused": TIMING}],
+    } | options
 
 
-def test_interleaving_calls_every_side_in_every_round() -> None:
-    calls: list[tuple[str, int]] = []
-    timings = interleave({name: lambda i, n=name: calls.append((n, i)) for name in "ab"}, rounds=2, warmup=1)
-    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-    assert all(timing.rounds == 2 and timing.p20_ms <= timing.p50_ms <= timing.p80_ms for timing in timings.values())
+def result(*rows: dict[str, Any], **options: Any) -> dict[str, Any]:
+    environment = {"device": "box", "torch": "2.13.0", "date": "2026-01-02", "commit": "abc"}
+    ceilings = {"copy_bytes_per_s": 3e10, "matmul_flops_per_s": {"bfloat16": 4e11}}
+    return {"op": "square", "environment": environment, "ceilings": ceilings, "rows": list(rows)} | options
 
 
-def test_ratio_compares_quantiles_crosswise() -> None:
-    slow = Timing(p20_ms=8, p50_ms=10, p80_ms=12, rounds=5)
-    fast = Timing(p20_ms=1, p50_ms=2, p80_ms=4, rounds=5)
-    assert ratio(slow, fast) == {"median": 5.0, "low": 2.0, "high": 12.0}
+def test_every_page_is_rendered_from_committed_results() -> None:
+    assert report.MARKED.search(report.README.read_text())
+    for path, text in report.pages():
+        assert path.exists(), f"{path} is missing: python -m bench.report"
+        assert path.read_text() == text, f"{path} is not what the results say: python -m bench.report"
+
+
+def test_a_table_has_the_columns_that_its_rows_fill() -> None:
+    liger = {"eager": {"median": 1, "low": 1, "high": 1}, "compile": None, "liger": {"median": 3, "low": 2, "high": 4}}
+    other = row("8x8 bfloat16", over=liger | {"compile": {"median": 1.25, "low": 1, "high": 1.5}})
+    lines = report.render_result(result(row(), other)).splitlines()
+    assert lines[0] == (
+        "| case | pass | ms | of ceiling | over eager | over torch.compile | over liger | kept for backward |"
+    )
+    assert lines[1] == "|" + " --- |" * 8
+    assert lines[2] == "| 8x8 float32 | forward + backward | 2 | 50% | 2.0x (1.5-2.5) |  |  | 1.0 MB (eager 3.0) |"
+    assert "1.2x (1.0-1.5) | 3.0x (2.0-4.0)" in lines[3]
+    assert "box (copies 30 GB/s, bfloat16 products 0.4 TFLOP/s), torch 2.13.0, 2026-01-02, commit `abc`" in lines[5]
+    assert "cut short" not in lines[5]
+    assert "cut short" in report.render_result(result(row(), complete=False))
+
+
+def test_words_choose_rows() -> None:
+    both = result(row("8x8 float32"), row("8x8 bfloat16"), row("16x8 float32"))
+    assert report.render_result(both, ["8x8", "float32"]).count("\n| ") == 2  # the rule and one row
+    with pytest.raises(ValueError, match="no row of square has all of: float16"):
+        report.render_result(both, ["float16"])
+
+
+def test_markers_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box" / "square.json").write_text(json.dumps(result(row(), row("8x8 bfloat16"))))
+    (tmp_path / "box" / "digits.json").write_text('{"step": 1}')  # no table
+    text = (
+        "a\n<!-- bench:square:box -->\nold\n<!-- /bench -->\nb\n<!-- bench:square:box:bfloat16 -->\n<!-- /bench -->\n"
+    )
+    rendered = report.render(text)
+    assert "old" not in rendered
+    assert rendered.count("| 8x8 float32 |") == 1
+    assert rendered.count("| 8x8 bfloat16 |") == 2
+    assert report.render(rendered) == rendered
+    page = report.device_page(tmp_path / "box")
+    assert page is not None
+    assert page.startswith("# Measured on box\n")
+    assert "## square\n" in page
+    assert "digits" not in page
+
+
+def test_steps_that_failed_are_left_out() -> None:
+    good = {"images_per_s": 1234.5, "mfu": 0.4321, "peak_bytes": 5 * 10**9, "timing": TIMING, "ours_over": None}
+    rows = [{"case": "dit_b2 batch 128", "side": "ours"} | good, {"case": "x", "side": "erd", "failed": "no"}]
+    text = report.render_result(result(*rows, op="train_step"))
+    assert "| dit_b2 batch 128 | ours | 1,234 | 2 | 43.2% | 5.0 GB |" in text
+    assert "erd" not in text
+
+
+def test_numbers_have_three_digits() -> None:
+    assert [report.milliseconds(value) for value in (0.01234, 4.567, 999.7, 1234.5)] == [
+        "0.0123",
+        "4.57",
+        "1,000",
+        "1,234",
+    ]
+    assert report.between([{"n": 3}, {"n": 1200}], "n") == "3-1,200"
+    assert report.between([{"n": 0.5}], "n", "{:.0%}") == "50%"

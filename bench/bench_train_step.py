@@ -1,0 +1,225 @@
+"""A whole training step, from gathering a batch to the averaged weights: plain PyTorch, torch.compile, this package,
+others.
+
+    python -m bench.bench_train_step --model dit_b2 --batch 128 --sides eager compile ours ours_compile python -m
+    bench.bench_train_step --model uvit_h2 --batch 128 --erd ~/Elucidated-Representation-Diffusion --uvit ~/U-ViT
+
+Each side lives in a process of its own, so that none profits from another's allocator, compiler or imports; blocks of
+steps take turns on the device. The first steps, and the first of every block, are not counted. A side is a median over
+steps: images per second, MFU (erdfast.models.flops over the data sheet's dense bf16 peak) and peak memory. Written to
+bench/results/<device>/train_step_<model>_<batch>.json. See bench/step_sides.py for what each side does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from bench.device import ROOT, device_name, environment
+from bench.harness import RESULTS
+from bench.peers import PEERS
+from bench.report import milliseconds
+from bench.step_sides import SIDES, StepOptions, build
+from bench.timing import Timing, ratio, summarize
+from erdfast import presets
+from erdfast.models.flops import training_flops
+from erdfast.training.precision import resolve_precision
+from erdfast.training.speed import peak_flops
+
+OURS = "ours"
+
+
+# ---------------------------------------------------------------------------- a side's own process
+
+
+def work(side: str, options: StepOptions, orders: TextIO, answers: TextIO) -> None:
+    """Build a side, then run as many steps as each line of `orders` says; answers are lines of JSON."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    try:
+        step = build(side, options, device)
+        for line in orders:
+            times = time_steps(step, int(line), device)
+            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the other sides share the device
+            print(json.dumps({"ms": times, "peak_bytes": peak}), file=answers, flush=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        print(json.dumps({"failed": str(error) if isinstance(error, ValueError) else reason}), file=answers, flush=True)
+
+
+def time_steps(step: Any, count: int, device: torch.device) -> list[float]:
+    """Milliseconds from the end of one step to the end of the next, without waiting in between on a GPU."""
+    if device.type == "cpu":
+        ends = [time.perf_counter()]
+        for _ in range(count):
+            step()
+            ends.append(time.perf_counter())
+        return [1e3 * (end - start) for start, end in itertools.pairwise(ends)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+
+class Worker:
+    """The process of one side."""
+
+    def __init__(self, side: str, options: StepOptions) -> None:
+        self.side, self.failed = side, ""
+        self.times: list[float] = []
+        self.peak_bytes: int | None = None
+        command = [sys.executable, "-m", "bench.bench_train_step", "--work", side, json.dumps(asdict(options))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def run(self, steps: int, discard: int) -> None:
+        """Run a block; `discard` steps at its beginning are not counted."""
+        if self.failed:
+            return
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it failed while it was being built, and has said why
+            print(steps + discard, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"failed": "the process ended without a word"}
+        self.failed = answer.get("failed", "")
+        if not self.failed:
+            self.times += answer["ms"][discard:]
+            self.peak_bytes = answer["peak_bytes"]
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+# ---------------------------------------------------------------------------- the comparison
+
+
+def measure(
+    sides: Sequence[str], options: StepOptions, *, blocks: int, steps: int, warmup: int
+) -> Iterator[list[Worker]]:
+    """Blocks of steps in turn, beginning with another side each time; gives all that there is after each turn."""
+    workers = [Worker(side, options) for side in sides]
+    try:
+        for worker in workers:
+            worker.run(0, warmup)
+        for block in range(blocks):
+            first = block % len(workers)
+            for worker in [*workers[first:], *workers[:first]]:
+                worker.run(steps, discard=1)
+            yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def make_rows(workers: Sequence[Worker], options: StepOptions) -> list[dict[str, Any]]:
+    """One row per side."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flops, peak = training_flops(presets.model_config(options.model)) * options.batch, peak_flops(device)
+    timings = {worker.side: summarize(worker.times) for worker in workers if worker.times and not worker.failed}
+    own = timings.get(OURS)
+    rows = []
+    for worker in workers:
+        timing = timings.get(worker.side)
+        row: dict[str, Any] = {"case": f"{options.model} batch {options.batch}", "side": worker.side}
+        if timing is None:
+            rows.append(row | {"failed": worker.failed})
+            continue
+        seconds = 1e-3 * timing.p50_ms
+        rows.append(
+            row
+            | {
+                "images_per_s": options.batch / seconds,
+                "mfu": None if peak is None else flops / seconds / peak,
+                "peak_bytes": worker.peak_bytes,
+                "ours_over": _over(timing, own, worker.side),
+                "timing": asdict(timing),
+            }
+        )
+    return rows
+
+
+def _over(timing: Timing, own: Timing | None, side: str) -> dict[str, float] | None:
+    return None if own is None or side == OURS else ratio(timing, own)
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """For people."""
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['side']:13} not measured: {row['failed']}")
+            continue
+        timing, over = row["timing"], row["ours_over"]
+        spread = f"{milliseconds(timing['p20_ms'])}-{milliseconds(timing['p80_ms'])}"
+        text = f"{row['side']:13} {row['images_per_s']:9,.1f} images/s  {timing['p50_ms']:9.1f} ms ({spread})"
+        text += "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+        text += "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 1e9:.1f} GB"
+        text += "" if over is None else f"  ours {over['median']:.2f}x ({over['low']:.2f}-{over['high']:.2f})"
+        print(text)
+
+
+def save(rows: Sequence[dict[str, Any]], options: StepOptions, results: Path) -> Path:
+    """Write bench/results/<device>/train_step_<model>_<batch>.json."""
+    path = results / device_name() / f"train_step_{options.model}_{options.batch}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = environment() | {"precision": resolve_precision("auto", device).name}
+    result = {"op": "train_step", "environment": where, "rows": list(rows)}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, save."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--work"]:
+        answers, sys.stdout = sys.stdout, sys.stderr  # their code may print
+        work(arguments[1], StepOptions(**json.loads(arguments[2])), sys.stdin, answers)
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="dit_b2", choices=list(presets.MODELS), metavar="PRESET")
+    parser.add_argument("--batch", type=int, default=128, help="images per step")
+    parser.add_argument("--sides", nargs="+", default=["eager", "compile", OURS, "ours_compile"], choices=list(SIDES))
+    for name in PEERS:
+        parser.add_argument(f"--{name}", metavar="PATH", help="a checkout of their repository, measured as well")
+    parser.add_argument("--compile", default="default", choices=["default", "max-autotune"], help="of ours_compile")
+    parser.add_argument("--blocks", type=int, default=5, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=10, help="counted steps of a block")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the first block")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--no-save", dest="save", action="store_false", help="print only")
+    args = parser.parse_args(arguments)
+    paths = {name: getattr(args, name) for name in PEERS if getattr(args, name)}
+    options = StepOptions(model=args.model, batch=args.batch, compile=args.compile, paths=paths)
+    sides = [*args.sides, *paths]
+    rows: list[dict[str, Any]] = []
+    for workers in measure(sides, options, blocks=args.blocks, steps=args.steps, warmup=args.warmup):
+        rows = make_rows(workers, options)
+        if args.save:  # as they come: the time of a machine may run out
+            save(rows, options, args.results)
+    print_rows(rows)
+    if any("failed" in row for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
