@@ -145,7 +145,7 @@ def compile_variants(kernels: list[str], ccs: list[int], jobs: int = 1) -> Itera
         raise ValueError(f"no kernel is called {', '.join(unknown)}; choose from {', '.join(op_names())}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
-    tasks = [(op, i, cc) for op in kernels for i, _ in enumerate(variants_of(op)) for cc in ccs]
+    tasks = [(op, i, cc) for op in kernels for i, v in enumerate(variants_of(op)) for cc in ccs if cc in v.ccs]
     if jobs == 1:
         yield from itertools.starmap(_compile, tasks)
         return

@@ -12,16 +12,41 @@ using UnalignedVec = float __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 inline Vec load_vec(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store_vec(float* p, Vec value) { *reinterpret_cast<UnalignedVec*>(p) = value; }
 
+// Past the caches, to an address that is a multiple of 64.
+inline void stream_vec(float* p, Vec value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(value));
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  std::memcpy(halves, &value, sizeof(value));
+  _mm256_stream_ps(p, halves[0]);
+  _mm256_stream_ps(p + 8, halves[1]);
+#else
+  store_vec(p, value);
+#endif
+}
+
+// A gradient of this size leaves the caches before anybody reads it: written past them, its lines need not be fetched first,
+// which is a tenth of the time (32x3x256x256).
+constexpr int64_t STREAMED_BYTES = int64_t{16} << 20;
+
+inline bool is_streamed(const Array& grad, const Source& source, const Layout& layout) {
+  return grad.data && grad.dtype == Dtype::fp32 && !grad.pixel && source.batch * source.numel * 4 >= STREAMED_BYTES &&
+         reinterpret_cast<uintptr_t>(grad.data) % 64 == 0 && grad.stride % 16 == 0 &&
+         (layout.contiguous || layout.quarter % 16 == 0);
+}
+
 struct Sums {
   Vec rr{}, rx{}, re{};
 
-  void add(const float* pred, const float* x0, const float* eps, float c_x, float c_eps, float factor, float* grad) {
+  void add(const float* pred, const float* x0, const float* eps, float c_x, float c_eps, float factor, float* grad,
+           bool streamed) {
     for (int i = 0; i < LANES; i += WIDTH) {
       const Vec x = load_vec(x0 + i), e = load_vec(eps + i), r = load_vec(pred + i) - (c_x * x + c_eps * e);
       rr += r * r;
       rx += r * x;
       re += r * e;
-      store_vec(grad + i, factor * r);
+      streamed ? stream_vec(grad + i, factor * r) : store_vec(grad + i, factor * r);
     }
   }
 };
@@ -30,6 +55,7 @@ void diffusion_loss(const DiffusionLoss& op) {
   const Source& source = op.source;
   const Layout layout(source);
   const int64_t per_sample = tasks_per_sample(layout);
+  const bool streamed = is_streamed(op.grad, source, layout);
   std::vector<double> partial(static_cast<size_t>(3 * source.batch * per_sample), 0.0);
 
   for_each_task(source, layout, [&](int64_t task, int64_t b, int64_t begin, int64_t end) {
@@ -47,10 +73,13 @@ void diffusion_loss(const DiffusionLoss& op) {
         const int64_t offset = layout.offset(q, j);
         const float* pred = view(op.pred, b, offset, count, pred_buffer);
         float* grad = target(op.grad, b, offset, count, grad_buffer);
-        sums.add(pred, block.x0[j], block.eps[j], c_x, c_eps, factor, grad);
+        sums.add(pred, block.x0[j], block.eps[j], c_x, c_eps, factor, grad, streamed && grad != grad_buffer);
         finish(op.grad, b, offset, count, grad, grad_buffer);
       }
     }
+#if defined(__AVX2__)
+    if (streamed) _mm_sfence();
+#endif
     for (int i = 0; i < WIDTH; ++i) {
       partial[3 * task + 0] += sums.rr[i];
       partial[3 * task + 1] += sums.rx[i];

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erdfast.ops.attention import attention, check_attention_backend
+from erdfast.ops.attention import attention_qkv, check_attention_backend
 from erdfast.ops.gelu import gelu, linear_gelu
 from erdfast.ops.modulated_norm import modulated_norm
 from erdfast.ops.skip_linear import skip_linear
@@ -84,12 +84,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         B, L, D = x_BLD.shape
-        qkv = self.qkv(x_BLD).reshape(B, L, 3, self.num_heads, D // self.num_heads)
-        # Unbound before they are transposed: the backward then stacks the three gradients straight into the
-        # layout of qkv, in one pass.
-        q_BHLK, k_BHLK, v_BHLK = (part_BLHK.transpose(1, 2) for part_BLHK in qkv.unbind(2))
-        out_BHLK = attention(q_BHLK, k_BHLK, v_BHLK, backend=self.backend)
-        return self.proj(out_BHLK.transpose(1, 2).reshape(B, L, D))
+        qkv_BL3HK = self.qkv(x_BLD).reshape(B, L, 3, self.num_heads, D // self.num_heads)
+        return self.proj(attention_qkv(qkv_BL3HK, backend=self.backend).reshape(B, L, D))
 
 
 class Mlp(nn.Module):

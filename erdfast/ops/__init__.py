@@ -5,7 +5,7 @@ Importing this package needs PyTorch alone; back ends load at first use.
 
 from .adamw_ema import adamw_ema, grad_norm
 from .add_noise import add_noise
-from .attention import attention
+from .attention import attention, attention_qkv, attention_reason
 from .backend import BACKENDS
 from .diffusion_loss import diffusion_loss
 from .gelu import gelu, linear_gelu
@@ -27,6 +27,8 @@ __all__ = [
     "adamw_ema",
     "add_noise",
     "attention",
+    "attention_qkv",
+    "attention_reason",
     "diffusion_loss",
     "gated_residual",
     "gelu",

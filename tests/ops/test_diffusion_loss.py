@@ -93,6 +93,25 @@ def test_samples_may_lie_apart(device_backend, dtype, given) -> None:
         assert torch.equal(x_t, add_noise(x0.contiguous(), coef, key, noise=noise, backend=backend))
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["key", "noise"])
+def test_large_gradients_are_written_past_the_caches(given) -> None:
+    """The same numbers as for the samples one by one, whose gradients are small."""
+    shape = (5, 4, 512, 512)
+    pred, x0 = torch.randn(shape), torch.randn(shape)
+    coef, key = make_coefficients(5), None if given else make_key(5)
+    noise = torch.randn(shape) if given else None
+    ids = make_key(5).sample_ids
+    assert ids is not None
+    *_, grad, _, _, _ = run(pred, x0, coef, key, "cpu", noise=noise)
+    for b in range(5):
+        row = slice(b, b + 1)
+        alone = Coefficients(*[value[row] for value in coef])
+        one = None if given else NoiseKey(*make_key(5)[:2], ids[row])
+        given_row = None if noise is None else noise[row]
+        *_, expected, _, _, _ = run(pred[row], x0[row], alone, one, "cpu", noise=given_row)
+        torch.testing.assert_close(grad[row], expected / 5, rtol=1e-6, atol=0)
+
+
 def test_numbers_stand_for_all_samples(device_backend) -> None:
     device, backend = device_backend
     pred, x0, t = torch.randn(3, 5, device=device), torch.randn(3, 5, device=device), torch.rand(3, device=device)
