@@ -22,7 +22,17 @@ from erdfast.config import TrainConfig
 Config = TypeVar("Config")
 
 _GROUPS = ("process", "optimizer", "preview")
-_FREE_ON_RESUME = {"steps", "resume", "dry_run", "log_every", "checkpoint_every", "keep_last", "tensorboard", "compile"}
+_FREE_ON_RESUME = {
+    "steps",
+    "resume",
+    "dry_run",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "tensorboard",
+    "compile",
+    "attention",
+}
 """What may change when a run continues: nothing that the weights depend on but its length."""
 
 

@@ -143,6 +143,9 @@ class TrainConfig:
     """fp32, bf16, or fp16 with a loss scale; auto: bf16 where the hardware has it, else fp32."""
     compile: Compile = "none"
     """torch.compile of the network."""
+    attention: str = "auto"
+    """Back end of attention: auto (the fastest by a table of measurements), flash, cudnn, efficient, math, reference,
+    triton, flash_attn2, flash_attn3, flash_attn4, xformers."""
     seed: int = 0
     """A run is a pure function of its options and this number."""
     out: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,8 @@ def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
     Raises:
         ValueError: it is no run directory, has no complete checkpoint, or its data is gone; names the file.
     """
-    config = load_run_config(run)
+    # The back end of training may be missing here, and its choice is not what was trained.
+    config = dataclasses.replace(load_run_config(run), attention="auto")
     policy = resolve_precision(precision, device)
     prefix = "ema/process/"
     checkpoint = load_checkpoint(newest_checkpoint(run), prefix)

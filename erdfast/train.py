@@ -12,7 +12,7 @@ from erdfast import cli, presets
 from erdfast.config import TrainConfig
 from erdfast.models.flops import training_memory
 from erdfast.training.precision import resolve_precision
-from erdfast.training.setup import describe_network, open_data
+from erdfast.training.setup import check_attention, describe_network, network_config, open_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = open_data(config)
     print(describe_network(config, dataset))
     print(f"data: {dataset.describe()}")
+    check_attention(network_config(config, dataset), resolve_precision(config.precision, device).dtype, device)
     run = create_run_directory(config) if config.resume is None else config.resume
     with lock_run(run):
         trainer = Trainer(config, dataset, run, device)

@@ -64,6 +64,8 @@ VALUES = [
     ("--weighting minsnr", ["'minsnr'", "min_snr", "erd_repo"]),
     ("--time-sampler lognormal", ["'lognormal'", "logit_normal", "uniform"]),
     ("--precision fp8", ["'fp8'", "bf16", "auto"]),
+    ("--attention fast", ["'fast'", "flash", "triton", "xformers"]),
+    ("--attention cudnn", ["'cudnn'", "CUDA"]),
     ("--compile fast", ["'fast'", "none", "max-autotune"]),
     ("--loss-space y", ["'y'", "target", "x0"]),
     ("--allocation snr", ["'snr'", "time", "logsnr"]),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+
 from erdfast import presets
 from erdfast.config import TrainConfig
 from erdfast.data import Dataset, open_dataset
 from erdfast.models import Backbone, BackboneConfig
 from erdfast.models.flops import parameter_count, training_flops
+from erdfast.ops import attention_reason
 
 
 def open_data(config: TrainConfig) -> Dataset:
@@ -28,9 +33,8 @@ def open_data(config: TrainConfig) -> Dataset:
 
 def network_config(config: TrainConfig, dataset: Dataset | None = None) -> BackboneConfig:
     """The preset, with as many classes as the data has."""
-    if dataset is None:
-        return presets.model_config(config.model)
-    return presets.model_config(config.model, num_classes=dataset.num_classes)
+    network = presets.model_config(config.model, attention=config.attention)
+    return network if dataset is None else dataclasses.replace(network, num_classes=dataset.num_classes)
 
 
 def build_network(config: TrainConfig, dataset: Dataset) -> Backbone:
@@ -39,6 +43,16 @@ def build_network(config: TrainConfig, dataset: Dataset) -> Backbone:
     if config.label_drop == 0:
         model.null_class = None
     return model
+
+
+def check_attention(network: BackboneConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError, saying why, if the attention back end that was asked for cannot serve this network here."""
+    if network.attention == "auto":
+        return
+    heads = (1, network.num_heads, network.accounting().tokens, network.width // network.num_heads)
+    q, k, v = (torch.zeros(heads, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    if reason := attention_reason(network.attention, q, k, v):
+        raise ValueError(f"attention {network.attention!r} is not available here: {reason}")
 
 
 def describe_network(config: TrainConfig, dataset: Dataset | None = None) -> str:

@@ -22,7 +22,7 @@ def run_aot(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict]:
-    done = run_aot("--json")
+    done = run_aot("--json", "--jobs", str(os.cpu_count() or 1))
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
