@@ -78,7 +78,7 @@ def launcher(backend: str, op: str) -> ModuleType:
 
 
 def in_plain_eager(tensor: torch.Tensor) -> bool:
-    """Whether an op may be called past PyTorch's dispatcher: no tracer, transform or tensor subclass is listening.
+    """Whether an op may be called past PyTorch's dispatcher: no tracer or tensor subclass is listening.
 
     The dispatcher's Python layers cost 0.1 ms a call, on a GPU as on a CPU: a tenth of the fused loss on latents.
     """
@@ -86,8 +86,17 @@ def in_plain_eager(tensor: torch.Tensor) -> bool:
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     )
+
+
+def _refuse_transforms(backend: str) -> None:
+    """Compiled code knows ordinary backward passes alone; other derivatives of it would silently be 0."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    if transformed or torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"the {backend} back end knows neither torch.func nor forward-mode derivatives; use backend='reference', "
+            'or around a network `with erdfast.ops.backend.default_backend("reference"):`'
+        )
 
 
 def cpu_isa() -> str:
@@ -139,23 +148,24 @@ def resolve_backend(
 
     Raises:
         ValueError: `requested` is unknown or cannot run here; the message says why.
+        NotImplementedError: under torch.func or forward-mode differentiation, unless the reference runs.
     """
     if requested is not None and requested not in backends:
         raise ValueError(f"unknown backend {requested!r}; choose from {', '.join(backends)}")
-    if requested is None and _default in backends:
+    if requested is None and _default in backends and dtype != torch.float64:
         requested = _default
     fastest = _FASTEST.get(device.type, "reference")
     if dtype == torch.float64 or fastest not in backends:
         fastest = "reference"
+    chosen = requested or fastest
     if torch.compiler.is_compiling():  # imports cannot be traced: what is missing is then said when the op runs
-        return requested or fastest
-    if requested is not None:
-        reason = _unavailable(requested, device, dtype, op)
-        if reason:
-            raise ValueError(f"backend {requested!r} is not available here: {reason}")
-        return requested
-    reason = _unavailable(fastest, device, dtype, op)
-    if reason is None:
-        return fastest
-    _warn_once(f"erdfast runs its slow reference on {device.type}: {reason}")
-    return "reference"
+        return chosen
+    reason = _unavailable(chosen, device, dtype, op)
+    if reason and requested:
+        raise ValueError(f"backend {requested!r} is not available here: {reason}")
+    if reason:
+        _warn_once(f"erdfast runs its slow reference on {device.type}: {reason}")
+        return "reference"
+    if chosen != "reference":
+        _refuse_transforms(chosen)
+    return chosen

@@ -102,7 +102,9 @@ def diffusion_loss(
     `layouts` are those of x0, noise, pred and grad."""
     loss, sums = None, None
     if want_sums:
-        loss, sums = torch.empty((), dtype=torch.float32), torch.empty((pred.shape[0], 3), dtype=torch.float32)
+        # The device is said: a default device of the user's may be another.
+        loss = torch.empty((), dtype=torch.float32, device="cpu")
+        sums = torch.empty((pred.shape[0], 3), dtype=torch.float32, device="cpu")
     _extension().diffusion_loss(
         _source(x0, layouts[0], noise, layouts[1], seed, stream, sample_ids, moments_scale),
         *(pred.data_ptr(), _DTYPE_CODES[pred.dtype], *layouts[2]),

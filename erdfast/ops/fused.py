@@ -12,7 +12,7 @@ from .backend import in_plain_eager
 
 
 class FusedOp:
-    """`op(*inputs)`: a custom op named erdfast::NAME for tracers and transforms, the plain function for eager code.
+    """`op(*inputs)`: a custom op named erdfast::NAME for tracers and subclasses, the plain function for eager code.
 
     Args:
         name: of the custom op; the annotations of `compute` are its schema.

@@ -5,6 +5,7 @@ import torch
 
 from erdfast.ops import BACKENDS, Moments, NoiseKey, add_noise, backend, diffusion_loss
 from erdfast.ops.diffusion_loss import _diffusion_loss
+from erdfast.presets import build_model
 from tests.ops.conftest import make_coefficients, make_key
 from tests.ops.test_diffusion_loss import compare, run
 
@@ -134,3 +135,45 @@ def test_a_pooled_gradient_survives_its_graph() -> None:
     assert torch.equal(pred.grad, wanted)
     diffusion_loss(pred, x0, coef, key, backend="cpu").backward()
     torch.testing.assert_close(pred.grad, 2 * wanted)
+
+
+def test_derivatives_that_compiled_code_does_not_know_are_refused() -> None:
+    coef, key, x0 = make_coefficients(2), make_key(2), torch.randn(2, 3)
+
+    def loss(pred, backend=None):
+        return diffusion_loss(pred, x0, coef, key, backend=backend)
+
+    tangent = torch.ones(2, 3)
+    for transform in (
+        lambda f: torch.func.jvp(f, (x0,), (tangent,)),
+        lambda f: torch.func.grad(f)(x0),
+        lambda f: torch.func.vmap(f)(x0.expand(2, 2, 3)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"cpu back end.*backend='reference'"):
+            transform(loss)
+    value, slope = torch.func.jvp(lambda pred: loss(pred, "reference"), (x0,), (tangent,))[:2]
+    assert torch.equal(value, loss(x0, "reference"))
+    torch.testing.assert_close(slope, torch.func.grad(lambda pred: loss(pred, "reference"))(x0).sum())
+
+
+def test_a_default_device_of_the_users_changes_nothing() -> None:
+    pred, x0 = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    coef, key = make_coefficients(2), make_key(2)
+    wanted = diffusion_loss(pred, x0, coef, key), add_noise(x0, coef, key)
+    with torch.device("meta"):
+        got = diffusion_loss(pred, x0, coef, key), add_noise(x0, coef, key)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_whole_network_can_be_differentiated_forward_by_its_references() -> None:
+    network = build_model("dit_tiny", attention="math")
+    x, t, y = torch.randn(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    torch.nn.init.normal_(network.get_parameter("final_layer.linear.weight"))
+
+    def slope() -> torch.Tensor:
+        return torch.func.jvp(lambda x: network(x, t, y), (x,), (torch.ones_like(x),))[1]
+
+    with backend.default_backend("triton"), pytest.raises(NotImplementedError, match="default_backend"):
+        slope()
+    with backend.default_backend("reference"):
+        assert slope().norm() > 0
