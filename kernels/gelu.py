@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import load_float
+
 BLOCK = 2048
 """Eight elements to each of a program's 256 threads: 16 bytes of bf16 and fp16, twice 16 of float32."""
 
@@ -32,18 +34,12 @@ CUBIC_SLOPE = tl.constexpr(0.134145)
 
 
 @triton.jit
-def load_block(pointer, start, i, mask):
-    """Elements as float32, 0 where masked."""
-    return tl.load(pointer + start + i, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def gelu_kernel(y_ptr, x_ptr, numel, TANH: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     mask = i < tl.minimum(numel - start, BLOCK).to(tl.int32)
-    x = load_block(x_ptr, start, i, mask)
+    x = load_float(x_ptr + start + i, mask)
     if TANH:
         y = x * tl.sigmoid(x * (1.0 + x * x * CUBIC) * TANH_SLOPE)
     else:
@@ -57,14 +53,14 @@ def gelu_grad_kernel(grad_x_ptr, grad_y_ptr, x_ptr, numel, TANH: tl.constexpr, B
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     mask = i < tl.minimum(numel - start, BLOCK).to(tl.int32)
-    x = load_block(x_ptr, start, i, mask)
+    x = load_float(x_ptr + start + i, mask)
     if TANH:
         s = tl.sigmoid(x * (1.0 + x * x * CUBIC) * TANH_SLOPE)
         # In this order: where x is large, s * (1 - s) is 0 before the square overflows.
         slope = s + x * s * (1.0 - s) * ((1.0 + x * x * CUBIC_SLOPE) * TANH_SLOPE)
     else:
         slope = 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * DENSITY
-    grad = load_block(grad_y_ptr, start, i, mask) * slope
+    grad = load_float(grad_y_ptr + start + i, mask) * slope
     tl.store(grad_x_ptr + start + i, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 

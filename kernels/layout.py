@@ -26,14 +26,19 @@ MIN_BLOCK = 128
 
 LANES_PER_THREAD = 4
 """16 bytes of float32, and four independent chains of Philox to hide the latency of its multiplications.
-Registers with 2, 4 and 8 lanes to a thread, the worse of sm_80 and sm_90, nowhere a spill (`python -m
-bench.aot` prints those of 4):
 
-    add_noise       fp32 key  32,  54,  63     bf16 key with moments  53, 64, 128
-    diffusion_loss  fp32 key  40,  74, 116     bf16 key with moments  63, 88, 167
+The rule: no spill, and in the plain case 3 programs of 256 threads to an SM, which has 65,536 registers. Of a variant
+counts the worse of sm_80 and sm_90 (`python -m bench.aot`, bench/results/aot.json). Registers and programs an SM:
 
-With 4, an SM holds at least 2 programs of 256 threads and as a rule 3 to 5; only reductions in several steps
-(samples of more than 8 million elements) take more, up to 176."""
+                                     add_noise    diffusion_loss
+    fp32 key                           48   5          75   3
+    bf16 key                           44   5          64   4
+    bf16 key, moments                  64   4          95   2
+    bf16 key, channels-last            64   4          78   3
+    bf16 key, moments, channels-last  172   1         153   1
+
+Moments in channels-last, and sums with moments in several steps (176 registers, samples of more than 8 million
+elements), leave an SM 1 program: they are correct, and slower than they might be."""
 
 MAX_CHUNKS = 2048
 """Programs per sample at most: their partial sums are one block of the reduction's second stage."""

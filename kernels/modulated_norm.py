@@ -35,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norm_sums import Wanted, add_sums, load, row_stride
+from .layout import load_float
+from .norm_sums import Wanted, add_sums, row_stride
 
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 """How many numbers each norm keeps of a row."""
@@ -92,9 +93,9 @@ def load_gain(weight_ptr, scale_ptr, scale_start, d, inside, BLOCK: tl.constexpr
     """weight * (1 + scale): what the normalised row is multiplied by."""
     gain = tl.full([BLOCK], 1.0, tl.float32)
     if weight_ptr is not None:
-        gain = load(weight_ptr, d, inside)
+        gain = load_float(weight_ptr + d, inside)
     if scale_ptr is not None:
-        gain *= 1.0 + load(scale_ptr + scale_start, d, inside)
+        gain *= 1.0 + load_float(scale_ptr + scale_start + d, inside)
     return gain
 
 
@@ -103,11 +104,11 @@ def load_offset(bias_ptr, scale_ptr, scale_start, shift_ptr, shift_start, d, ins
     """bias * (1 + scale) + shift: what is added to the row afterwards."""
     offset = tl.zeros([BLOCK], tl.float32)
     if bias_ptr is not None:
-        offset = load(bias_ptr, d, inside)
+        offset = load_float(bias_ptr + d, inside)
         if scale_ptr is not None:
-            offset *= 1.0 + load(scale_ptr + scale_start, d, inside)
+            offset *= 1.0 + load_float(scale_ptr + scale_start + d, inside)
     if shift_ptr is not None:
-        offset += load(shift_ptr + shift_start, d, inside)
+        offset += load_float(shift_ptr + shift_start + d, inside)
     return offset
 
 
@@ -148,11 +149,12 @@ def modulated_norm_kernel(
     mask = (row < length)[:, None] & inside[None, :]
     own = row[:, None] * width + d[None, :]  # in the contiguous tensors, from the first row of the sample
     start = b * length * width
-    r = load(x_ptr + b * x_batch_stride, row[:, None] * x_row_stride + d[None, :], mask)
+    r = load_float(x_ptr + b * x_batch_stride + (row[:, None] * x_row_stride + d[None, :]), mask)
     if branch_ptr is not None:
-        branch = load(branch_ptr + b * branch_batch_stride, row[:, None] * branch_row_stride + d[None, :], mask)
+        branch_rows = row[:, None] * branch_row_stride + d[None, :]
+        branch = load_float(branch_ptr + b * branch_batch_stride + branch_rows, mask)
         if gate_ptr is not None:
-            branch *= load(gate_ptr + b * gate_stride, d, inside)[None, :]
+            branch *= load_float(gate_ptr + b * gate_stride + d, inside)[None, :]
         rounded = (r + branch).to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + start + own, rounded, mask=mask)
         r = rounded.to(tl.float32)  # the backward pass will read these
@@ -210,7 +212,7 @@ def modulated_norm_grad_kernel(
     if NORM != 0:
         gain = load_gain(weight_ptr, scale_ptr, b * scale_stride, d, inside, BLOCK)
     if gate_ptr is not None:
-        gate = load(gate_ptr + b * gate_stride, d, inside)
+        gate = load_float(gate_ptr + b * gate_stride + d, inside)
     sum_dy = tl.zeros([BLOCK], tl.float32)
     sum_dy_h = tl.zeros([BLOCK], tl.float32)
     sum_gate = tl.zeros([BLOCK], tl.float32)
@@ -219,12 +221,12 @@ def modulated_norm_grad_kernel(
         mask = inside & (row < length)
         own = row * width + d
         if grad_residual_ptr is not None:
-            dx = load(grad_residual_ptr + start, own, mask)
+            dx = load_float(grad_residual_ptr + start + own, mask)
         else:
             dx = tl.zeros([BLOCK], tl.float32)
         if NORM != 0:
-            dy = load(grad_y_ptr + start, own, mask)
-            h = load(r_ptr + b * r_batch_stride, row * r_row_stride + d, mask)
+            dy = load_float(grad_y_ptr + start + own, mask)
+            h = load_float(r_ptr + b * r_batch_stride + (row * r_row_stride + d), mask)
             stats = stats_ptr + b * length + row
             rstd = tl.load(stats, mask=row < length, other=0.0)
             if NORM == 2:
@@ -241,7 +243,7 @@ def modulated_norm_grad_kernel(
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + start + own, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if GATE_SUM:
-            branch = load(branch_ptr + b * branch_batch_stride, row * branch_row_stride + d, mask)
+            branch = load_float(branch_ptr + b * branch_batch_stride + (row * branch_row_stride + d), mask)
             sum_gate += dx * branch
         if grad_branch_ptr is not None:
             if gate_ptr is not None:

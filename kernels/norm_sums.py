@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import load_float
+
 SUM_CHUNKS, SUM_CHANNELS = 16, 128
 """Tile of the second stage for one sample."""
 
@@ -30,12 +32,6 @@ class Wanted(NamedTuple):
     scale: bool = False
     weight: bool = False
     bias: bool = False
-
-
-@triton.jit
-def load(pointer, offsets, mask):
-    """Numbers of any dtype as float32, 0 where masked."""
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -69,18 +65,18 @@ def add_sample_sums_kernel(
         partials = partials_ptr + b * chunks * width * sums
         where = chunk[:, None] * width * sums + d[None, :]
         if NORM_SUMS:
-            sum_dy += tl.sum(load(partials, where, mask), axis=0)
-            sum_dy_h += tl.sum(load(partials + width, where, mask), axis=0)
+            sum_dy += tl.sum(load_float(partials + where, mask), axis=0)
+            sum_dy_h += tl.sum(load_float(partials + width + where, mask), axis=0)
         if GATE_SUM:
-            sum_gate += tl.sum(load(partials + width * 2 * NORM_SUMS, where, mask), axis=0)
+            sum_gate += tl.sum(load_float(partials + width * 2 * NORM_SUMS + where, mask), axis=0)
     out = b * width + d
     if grad_shift_ptr is not None:
         tl.store(grad_shift_ptr + out, sum_dy.to(grad_shift_ptr.dtype.element_ty), mask=inside)
     if grad_scale_ptr is not None:
         if weight_ptr is not None:
-            sum_dy_h *= load(weight_ptr, d, inside)
+            sum_dy_h *= load_float(weight_ptr + d, inside)
         if bias_ptr is not None:
-            sum_dy_h += sum_dy * load(bias_ptr, d, inside)
+            sum_dy_h += sum_dy * load_float(bias_ptr + d, inside)
         tl.store(grad_scale_ptr + out, sum_dy_h.to(grad_scale_ptr.dtype.element_ty), mask=inside)
     if grad_gate_ptr is not None:
         tl.store(grad_gate_ptr + out, sum_gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
@@ -110,10 +106,10 @@ def add_channel_sums_kernel(
         i = (step * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (i < total)[:, None] & inside[None, :]
         where = i[:, None] * width * SUMS + d[None, :]
-        dy = load(partials_ptr, where, mask)
-        dy_h = load(partials_ptr + width, where, mask)
+        dy = load_float(partials_ptr + where, mask)
+        dy_h = load_float(partials_ptr + width + where, mask)
         if scale_ptr is not None:
-            gain = 1.0 + load(scale_ptr, (i // chunks)[:, None] * scale_stride + d[None, :], mask)
+            gain = 1.0 + load_float(scale_ptr + ((i // chunks)[:, None] * scale_stride + d[None, :]), mask)
             dy *= gain
             dy_h *= gain
         sum_dn += tl.sum(dy, axis=0)

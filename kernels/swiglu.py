@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import load_float
+
 MAX_BLOCK = 1024
 """Columns of a program: eight to each of 128 threads, 16 bytes of bf16. M = 2048, 3072 and 4096 are whole blocks."""
 
@@ -30,20 +32,14 @@ def column_block(half: int) -> int:
 
 
 @triton.jit
-def load_block(pointer, columns, mask):
-    """Elements as float32, 0 where masked."""
-    return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def swiglu_kernel(y_ptr, x_ptr, half, BLOCK: tl.constexpr):
     """One program: BLOCK columns of one row."""
     blocks = tl.cdiv(half, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < half
-    a = load_block(x_ptr + row * 2 * half, columns, mask)
-    b = load_block(x_ptr + (row * 2 * half + half), columns, mask)
+    a = load_float(x_ptr + row * 2 * half + columns, mask)
+    b = load_float(x_ptr + (row * 2 * half + half) + columns, mask)
     y = a * tl.sigmoid(a) * b
     tl.store(y_ptr + row * half + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -55,9 +51,9 @@ def swiglu_grad_kernel(grad_x_ptr, grad_y_ptr, x_ptr, half, BLOCK: tl.constexpr)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < half
-    a = load_block(x_ptr + row * 2 * half, columns, mask)
-    b = load_block(x_ptr + (row * 2 * half + half), columns, mask)
-    grad = load_block(grad_y_ptr + row * half, columns, mask)
+    a = load_float(x_ptr + row * 2 * half + columns, mask)
+    b = load_float(x_ptr + (row * 2 * half + half) + columns, mask)
+    grad = load_float(grad_y_ptr + row * half + columns, mask)
     s = tl.sigmoid(a)
     grad_a = grad * b * s * (1.0 + a * (1.0 - s))
     grad_b = grad * a * s

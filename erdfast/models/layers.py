@@ -3,7 +3,8 @@
 B batch, C channels, Y x X image, P patch size, L tokens, D width, H heads, K head width, M hidden width of an
 MLP, E width of the time features. A suffix names a tensor's shape: x_BLD is (B, L, D).
 
-The memory-bound steps between the matrix products are ops (`erdfast.ops`), for which modules only hold parameters.
+The memory-bound steps between the matrix products are ops (`erdfast.ops`), for which modules only hold parameters,
+as long as they are `plain`; others are called.
 Parameter names are those of the published checkpoints.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +20,44 @@ from torch import Tensor, nn
 
 from erdfast.ops.attention import attention_qkv, check_attention_backend
 from erdfast.ops.gelu import gelu, linear_gelu
-from erdfast.ops.modulated_norm import modulated_norm
+from erdfast.ops.modulated_norm import modulated_norm, residual_norm
 from erdfast.ops.skip_linear import skip_linear
 
+Kind = TypeVar("Kind", bound=nn.Module)
 
-def normed(norm: nn.LayerNorm, x_BLD: Tensor) -> Tensor:
-    """`norm(x)`; the module only holds weight and bias."""
+
+def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether an op may take the module's parameters in place of a call, which nobody would notice.
+
+    Not so for a subclass (fp8, LoRA), a `forward` set on the module itself (accelerate), or hooks (pruning, probes).
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and "forward" not in module.__dict__ and not any(len(kept) for kept in hooks)
+
+
+def normed(norm: nn.Module, x_BLD: Tensor) -> Tensor:
+    """`norm(x)`."""
+    if not plain(norm, nn.LayerNorm):
+        return norm(x_BLD)
     return modulated_norm(x_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+
+
+def residual_normed(norm: nn.Module, x_BLD: Tensor, branch_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """(r, norm(r)) for r = x + branch."""
+    if not plain(norm, nn.LayerNorm):
+        x_BLD = x_BLD + branch_BLD
+        return x_BLD, norm(x_BLD)
+    return residual_norm(x_BLD, branch_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
 
 def join_skip(linear: nn.Module, x_BLD: Tensor, skip_BLD: Tensor) -> Tensor:
     """The Linear(2D -> D) of a long skip: its first D inputs take x, the other D the skip."""
-    if type(linear) is not nn.Linear:  # one that computes otherwise, in fp8 for instance
+    if not plain(linear, nn.Linear):
         return linear(torch.cat([x_BLD, skip_BLD.to(x_BLD.dtype)], dim=-1))
     return skip_linear(x_BLD, skip_BLD, linear.weight, linear.bias)
 
@@ -67,7 +95,10 @@ class PatchEmbed(nn.Module):
         # A convolution whose stride is its kernel is a matrix product. Spelled so, its backward needs no
         # choice of a convolution algorithm and is deterministic.
         weight = self.proj.weight
-        patches = patchify(image_BCYX.to(weight.dtype), self.patch_size)
+        image_BCYX = image_BCYX.to(weight.dtype)
+        if not plain(self.proj, nn.Conv2d):
+            return self.proj(image_BCYX).flatten(2).transpose(1, 2).contiguous()
+        patches = patchify(image_BCYX, self.patch_size)
         return F.linear(patches, weight.flatten(1), self.proj.bias)
 
 
@@ -98,9 +129,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        if type(self.fc1) is nn.Linear:
+        if plain(self.fc1, nn.Linear):
             hidden_BLM = linear_gelu(x_BLD, self.fc1.weight, self.fc1.bias, self.approximate)
-        else:  # one that computes otherwise, in fp8 for instance
+        else:
             hidden_BLM = gelu(self.fc1(x_BLD), self.approximate)
         return self.fc2(hidden_BLM)
 
@@ -109,8 +140,7 @@ class TimeFeatures(nn.Module):
     """Sine-cosine features of the time: (B,) => (B, E) float32, cosines first, E even.
 
     The frequencies are 10000^(-i/(E/2)), i < E/2. They live on the model's device as a float32 buffer that no
-    cast of
-    the model lowers: at time 999 a bf16 frequency would be off by two radians.
+    cast of the model lowers: at time 999 a bf16 frequency would be off by two radians.
     """
 
     frequencies: Tensor

@@ -26,9 +26,8 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Any]) -> 
     Args:
         model: an unsharded network.
         source: a `.safetensors` file, a `.pt`, `.pth` or `.ckpt` file (read without executing anything), or
-            what such a
-            file holds: a dict of tensors, or a dict that holds one under a name of WRAPPERS. Prefixes of
-            PREFIXES are removed.
+            what such a file holds: a dict of tensors, or a dict that holds one under a name of WRAPPERS. Prefixes
+            of PREFIXES are removed.
 
     Raises:
         FileNotFoundError: no such file.

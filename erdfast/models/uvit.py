@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from erdfast.models.backbone import Accounting, Backbone, BackboneConfig
-from erdfast.models.layers import Attention, Mlp, PatchEmbed, TimeFeatures, join_skip, normed, unpatchify
-from erdfast.ops.modulated_norm import residual_norm
+from erdfast.models.layers import (
+    Attention,
+    Mlp,
+    PatchEmbed,
+    TimeFeatures,
+    join_skip,
+    normed,
+    residual_normed,
+    unpatchify,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +90,7 @@ class UViTBlock(nn.Module):
             assert skip_BLD is not None
             x_BLD = join_skip(self.skip_linear, x_BLD, skip_BLD)
         branch_BLD = self.attn(normed(self.norm1, x_BLD))
-        norm = self.norm2
-        x_BLD, normed_BLD = residual_norm(x_BLD, branch_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        x_BLD, normed_BLD = residual_normed(self.norm2, x_BLD, branch_BLD)
         return x_BLD + self.mlp(normed_BLD)
 
 

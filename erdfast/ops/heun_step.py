@@ -78,7 +78,7 @@ def heun_step(
     backend = resolve_backend(backend, x.device, x.dtype, op="heun_step", backends=("reference", "triton"))
     if backend == "reference" and out is None and out_input is None:
         return _reference(pred, x, row, x_in, input_copies, dtype)
-    refuse_gradients(pred=pred, x=x, x_in=x_in)
+    refuse_gradients(pred=pred, x=x, row=row, x_in=x_in)
     if out is None and out_input is None:
         x_new, network_input = _heun_step(pred, x, row, x_in, input_copies, dtype, backend)
         return x_new, network_input if input_copies else None
@@ -87,8 +87,13 @@ def heun_step(
     if out_input is None and input_copies:
         out_input = x.new_empty((input_copies * x.shape[0], *x.shape[1:]), dtype=dtype)
     given = (out, out_input, pred, x, row, x_in)
-    run = _into if all(in_plain_eager(tensor) for tensor in given if tensor is not None) else _heun_step_into
-    run(out, out_input, pred, x, row, x_in, backend)
+    if not all(in_plain_eager(tensor) for tensor in given if tensor is not None):
+        _heun_step_into(out, out_input, pred, x, row, x_in, backend)
+        return out, out_input
+    _into(out, out_input, pred, x, row, x_in, backend)
+    for written in (out, out_input):  # a kernel tells autograd nothing; the custom op does
+        if written is not None and not written.is_inference():
+            torch.autograd.graph.increment_version(written)
     return out, out_input
 
 
@@ -98,6 +103,8 @@ def _check(pred: Tensor, x: Tensor, row: Tensor, x_in: Tensor | None, out: Tenso
             f"x is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}; "
             "it must be torch.float32 (torch.float64 for the reference), (B, C, ...), contiguous"
         )
+    if not isinstance(row, Tensor):
+        raise ValueError(f"row is {row!r}; it must be a tensor: torch.tensor(row, device=x.device)")
     if row.shape != (5,) or row.dtype not in (torch.float32, x.dtype) or not row.is_contiguous():
         raise ValueError(f"row has shape {tuple(row.shape)} and is {row.dtype}; it must be (5,) torch.float32")
     for name, tensor in (("x_in", x_in), ("out", out)):

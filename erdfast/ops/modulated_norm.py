@@ -148,14 +148,19 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but x {tuple(x.shape)} needs {tuple(shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}")
+        _check_dtype(name, tensor.dtype, backend)
         if backend != "reference":
             _check_for_kernels(name, tensor)
     return backend
 
 
+def _check_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
+    valid = KERNEL_DTYPES if backend != "reference" else (*KERNEL_DTYPES, torch.float64)
+    if dtype not in valid:
+        raise ValueError(f"{name} is {dtype}; choose from {', '.join(map(str, valid))}")
+
+
 def _check_for_kernels(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in KERNEL_DTYPES:
-        raise ValueError(f"{name} is {tensor.dtype}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} has strides {tensor.stride()}: its channels must be neighbours; call .contiguous()")
     if tensor.dim() == 3 and (tensor.shape[2] > MAX_WIDTH or tensor.shape[1] * tensor.stride(1) >= 2**31):
@@ -170,9 +175,7 @@ def _result_dtype(x: Tensor, dtype: torch.dtype | None, backend: str) -> torch.d
         kind = x.device.type
         lowered = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
         return torch.get_autocast_dtype(kind) if lowered else x.dtype
-    valid = KERNEL_DTYPES if backend != "reference" else (*KERNEL_DTYPES, torch.float64)
-    if dtype not in valid:
-        raise ValueError(f"dtype is {dtype}; choose from {', '.join(map(str, valid))}")
+    _check_dtype("dtype", dtype, backend)
     return dtype
 
 

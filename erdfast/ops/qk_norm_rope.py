@@ -36,10 +36,15 @@ def rope_tables(
     i < K/4, as in LightningDiT and JiT. `extra_tokens` leading tokens (JiT's class tokens) are not turned.
 
     Raises:
-        ValueError: a head width that is no multiple of 4, an empty grid, a negative number of tokens, theta <= 0.
+        ValueError: a head width that is no multiple of 4, an empty grid, a negative number of tokens, theta <= 0, or a
+            size that is no integer.
     """
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(_is_integer, grid)):
+        raise ValueError(f"grid must be two integers (rows, columns), not {grid!r}")
     rows, columns = grid
-    if head_width < 4 or head_width % 4:
+    if not _is_integer(extra_tokens):
+        raise ValueError(f"extra_tokens must be an integer, not {extra_tokens!r}")
+    if not _is_integer(head_width) or head_width < 4 or head_width % 4:
         raise ValueError(f"rotary embedding of a grid needs a head width that is a multiple of 4, not {head_width}")
     if rows < 1 or columns < 1 or extra_tokens < 0:
         raise ValueError(f"grid {rows} x {columns} with {extra_tokens} extra tokens: sizes must be at least 1, 1 and 0")
@@ -86,7 +91,8 @@ def qk_norm_rope(
         backend: "reference" or "triton"; by default the fastest of the device.
 
     Returns:
-        (q, k, v), each (B, H, L, K) in the dtype of qkv, last stride 1. Differentiable once in qkv and the weights. A
+        (q, k, v), each (B, H, L, K) in the dtype of qkv, last stride 1. v always shares memory with qkv, q and k where
+        nothing changes them: do not write into any of them in place. Differentiable once in qkv and the weights. A
         gradient whose last stride is not 1 (a broadcast scalar; never attention's) is copied first.
 
     Raises:
@@ -108,10 +114,14 @@ def qk_norm_rope(
     return _forward(*inputs)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt)
+
+
 def _check_qkv(qkv: Tensor, num_heads: int) -> int:
     """The head width."""
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, not {num_heads}")
+    if not _is_integer(num_heads) or num_heads < 1:
+        raise ValueError(f"num_heads must be an integer of at least 1, not {num_heads!r}")
     if qkv.dim() != 3 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, L, 3*H*K) with H = num_heads = {num_heads}")
     if not qkv.is_contiguous():
@@ -137,6 +147,8 @@ def _check_weights(qkv: Tensor, head_width: int, q_weight: Tensor | None, k_weig
 def _check_rope(qkv: Tensor, head_width: int, rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
     if rope is None:
         return None, None
+    if not isinstance(rope, tuple | list) or len(rope) != 2 or not all(isinstance(table, Tensor) for table in rope):
+        raise ValueError(f"rope must be a pair of tensors (cos, sin), not {rope!r}")
     if head_width % 4:
         raise ValueError(f"rope needs a head width that is a multiple of 4, not {head_width}")
     shape = (qkv.shape[1], head_width // 2)
@@ -148,7 +160,8 @@ def _check_rope(qkv: Tensor, head_width: int, rope: Rope | None) -> tuple[Tensor
             )
         if table.dtype != torch.float32 and not table.dtype == qkv.dtype == torch.float64:
             raise ValueError(f"rope's {name} is {table.dtype}; it must be torch.float32")
-    return rope
+    cos, sin = rope
+    return cos, sin
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:

@@ -32,8 +32,8 @@ def skip_linear(
     Args:
         x: (..., D), floating point.
         skip: (..., E), of any floating dtype; computed with in that of x.
-        weight: (M, D + E).
-        bias: (M,) or None.
+        weight: (M, D + E), of x's dtype; under autocast of any floating dtype (float64 only with float64).
+        bias: (M,) or None, likewise.
         method: "joined" writes the joined input, "products" is the way above; by default the faster of the device.
 
     Returns:
@@ -41,22 +41,41 @@ def skip_linear(
         of times if "joined").
 
     Raises:
-        ValueError: shapes do not fit or the method is unknown.
+        ValueError: shapes, dtypes or devices do not fit, or the method is unknown.
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    D, E = x.shape[-1], skip.shape[-1]
-    if x.shape[:-1] != skip.shape[:-1] or weight.dim() != 2 or weight.shape[1] != D + E:
-        shapes = f"{tuple(x.shape)}, {tuple(skip.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"skip_linear needs x (..., D), skip (..., E) and weight (M, D + E), not {shapes}")
+    _check(x, skip, weight, bias)
     if (method or ("joined" if x.device.type == "cpu" else "products")) == "joined":
         return F.linear(torch.cat([x, skip.to(x.dtype)], dim=-1), weight, bias)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:  # which does not see into the op
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if _lowered(x) else x.dtype  # autocast does not see into the op
     rows = [t.to(dtype).reshape(-1, t.shape[-1]) for t in (x, skip)]
     out = _skip_linear(*rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _lowered(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of the product; it leaves float64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def _check(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    fits = x.dim() > 0 and skip.dim() > 0 and weight.dim() == 2 and x.shape[:-1] == skip.shape[:-1]
+    if not fits or weight.shape[1] != x.shape[-1] + skip.shape[-1]:
+        shapes = f"{tuple(x.shape)}, {tuple(skip.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"skip_linear needs x (..., D), skip (..., E) and weight (M, D + E), not {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; weight {tuple(weight.shape)} needs ({weight.shape[0]},)")
+    for name, tensor in (("x", x), ("skip", skip), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x on {x.device}")
+        agrees = tensor.dtype == x.dtype or (_lowered(x) and tensor.dtype != torch.float64)
+        if not (agrees or tensor is skip):
+            raise ValueError(f"{name} is {tensor.dtype}, but x {x.dtype}: they must agree unless autocast casts them")
 
 
 def _compute(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

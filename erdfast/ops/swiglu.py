@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import launcher, resolve_backend
+from .backend import KERNEL_DTYPES, launcher, resolve_backend
 from .fused import FusedOp
 
 
@@ -27,10 +27,12 @@ def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
         (..., M), x's dtype. Differentiable once (any number of times by the reference).
 
     Raises:
-        ValueError: the last dimension is odd, or the back end cannot run; the message says which.
+        ValueError: the last dimension is odd, another dtype, or the back end cannot run; the message says which.
     """
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be two halves")
+    if x.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise ValueError(f"x is {x.dtype}; choose from {', '.join(map(str, KERNEL_DTYPES))} or torch.float64")
     backend = resolve_backend(backend, x.device, x.dtype, op="swiglu", backends=("reference", "triton"))
     if backend == "reference":
         return _reference(x)

@@ -1,8 +1,11 @@
 """The backbones on their kernels: the same outputs and gradients as on the references, in every way they are run."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from erdfast.ops import backend
 from erdfast.presets import build_model
@@ -83,3 +86,90 @@ def test_linears_of_another_kind_are_called(name) -> None:
     Spelled.calls = 0
     torch.testing.assert_close(model(*batch), expected, rtol=1e-3, atol=1e-4)
     assert Spelled.calls == len(linears)
+
+
+class SpelledNorm(nn.LayerNorm):
+    """A norm of another kind."""
+
+    calls = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        SpelledNorm.calls += 1
+        return 2 * super().forward(input)
+
+
+def probed(model) -> list[str]:
+    """The leaf modules of a network that hold parameters."""
+    return [name for name, m in model.named_modules() if not list(m.children()) and list(m.parameters(recurse=False))]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # the network's input needs no gradient
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "backward hook", "own forward"])
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_watches_a_module_is_called(name, way) -> None:
+    """Every Linear, norm and convolution that an op stands in for."""
+    model, batch = small(name)
+    expected = run(model, batch)
+    names, fired = probed(model), []
+    for key in names:
+        module = model.get_submodule(key)
+        if way == "hook":
+            module.register_forward_hook(lambda *_, key=key: fired.append(key))
+        elif way == "pre-hook":
+            module.register_forward_pre_hook(lambda *_, key=key: fired.append(key))
+        elif way == "backward hook":
+            module.register_full_backward_hook(lambda *_, key=key: fired.append(key))
+        else:
+            module.forward = lambda *inputs, key=key, forward=module.forward: fired.append(key) or forward(*inputs)
+    assert_close(run(model, batch), expected, 1e-3 if DEVICE == "cuda" else 2e-5)
+    assert sorted(fired) == sorted(names)
+
+
+@torch.no_grad()
+def test_norms_of_another_kind_are_respected() -> None:
+    model, batch = small("uvit_tiny")
+    before = model(*batch)
+    norms = [m for m in model.modules() if type(m) is nn.LayerNorm]
+    for norm in norms:
+        norm.__class__ = SpelledNorm
+    SpelledNorm.calls = 0
+    after = model(*batch)
+    assert SpelledNorm.calls == len(norms)
+    for norm in norms:  # twice a norm is a norm with twice the weight and bias
+        norm.__class__ = nn.LayerNorm
+        norm.weight.mul_(2)
+        norm.bias.mul_(2)
+    torch.testing.assert_close(after, model(*batch), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_networks_train(name) -> None:
+    model, batch = small(name)
+    ends = (".mlp.fc1", ".skip_linear", ".norm2", "embed.proj", "embedder.proj")
+    pruned: list[Any] = [module for key, module in model.named_modules() if key.endswith(ends)]
+    for module in pruned:
+        prune.random_unstructured(module, "weight", 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [module.weight_orig.detach().clone() for module in pruned]
+    for _ in range(2):  # the second backward fails if the pruned weight is that of the first step
+        optimizer.zero_grad()
+        model(*batch).square().mean().backward()
+        optimizer.step()
+    for module, old in zip(pruned, before, strict=True):
+        kept = module.weight_mask.bool()
+        assert bool((module.weight_orig[~kept] == old[~kept]).all())
+        assert bool((module.weight_orig[kept] != old[kept]).any())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_watched_modules_compile_whole(name) -> None:
+    model, batch = small(name)
+    expected = run(model, batch)
+    fc1 = next(module for key, module in model.named_modules() if key.endswith(".mlp.fc1"))
+    fc1.register_forward_hook(lambda module, args, output: 2 * output)
+    watched = run(model, batch)
+    assert not torch.allclose(watched[0], expected[0], rtol=1e-3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(run(compiled, batch), watched, 1e-3 if DEVICE == "cuda" else 2e-5)

@@ -167,6 +167,28 @@ def test_reference_is_differentiable_and_triton_says_that_it_is_not() -> None:
     assert torch.autograd.gradcheck(step, (pred, x, x_in))
     with pytest.raises(ValueError, match="gradients for pred"):
         heun_step(pred.float(), x.float(), row.float(), backend="triton")
+    pred, x, row = pred.detach().float(), x.detach().float(), row.float().requires_grad_()
+    assert heun_step(pred, x, row, backend="reference")[0].requires_grad
+    with pytest.raises(ValueError, match="gradients for row"):
+        heun_step(pred, x, row, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("result", ["out", "out_input"])
+def test_autograd_notices_what_is_overwritten(result, backend) -> None:
+    pred, x, _, row = make_inputs(guided=False)
+    leaf = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
+    kept = leaf * 1.0
+    loss = kept.square().sum()  # needs kept for its gradient
+    into: dict = {result: kept.detach()}
+    heun_step(pred, x, row, **into, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        state, network_input = heun_step(pred, x, row, out=x.clone(), out_input=x.clone(), backend=backend)
+    assert network_input is not None
+    assert state.is_inference()
+    assert network_input.is_inference()
 
 
 def test_opcheck() -> None:
@@ -193,6 +215,13 @@ def test_compiles_whole(backend) -> None:
     for a, b in zip(compiled(pred, x, row, into), steps(pred, x, row, wanted_into), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(into, wanted_into)
+
+
+@pytest.mark.parametrize("row", [HeunRow(1.0, 2.0, 3.0, 4.0, 5.0), [1.0] * 5], ids=["HeunRow", "list"])
+def test_a_row_of_numbers_is_told_what_to_become(row) -> None:
+    pred, x, _, _ = make_inputs()
+    with pytest.raises(ValueError, match=r"row is .*1\.0.*torch\.tensor\(row, device=x\.device\)"):
+        heun_step(pred, x, row)
 
 
 def test_bad_input_is_named() -> None:

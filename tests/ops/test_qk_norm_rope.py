@@ -271,3 +271,32 @@ def test_bad_input_is_named() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3.0}, r"num_heads must be an integer of at least 1, not 3\.0"),
+        ({"rope": 2}, r"rope must be a pair of tensors \(cos, sin\), not 2"),
+        ({"rope": (1, 2)}, r"rope must be a pair of tensors \(cos, sin\), not \(1, 2\)"),
+        ({"rope": (1, 2, 3)}, r"rope must be a pair of tensors \(cos, sin\), not \(1, 2, 3\)"),
+    ],
+)
+def test_other_types_are_named(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rope(**{"qkv": torch.zeros(2, 7, 72, device=DEVICE), "num_heads": 3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": (2.5, 2)}, r"grid must be two integers \(rows, columns\), not \(2\.5, 2\)"),
+        ({"grid": (1, 2, 3)}, r"grid must be two integers \(rows, columns\), not \(1, 2, 3\)"),
+        ({"grid": 4}, r"grid must be two integers \(rows, columns\), not 4"),
+        ({"head_width": 8.0}, r"multiple of 4, not 8\.0"),
+        ({"extra_tokens": 0.5}, r"extra_tokens must be an integer, not 0\.5"),
+    ],
+)
+def test_other_types_of_sizes_are_named(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        rope_tables(**{"grid": (2, 2), "head_width": 8, **changes})

@@ -136,3 +136,26 @@ def test_bad_input_is_named() -> None:
         skip_linear(x, skip, weight[:, 1:], bias)
     with pytest.raises(ValueError, match="skip_linear needs x"):
         skip_linear(x[:1], skip, weight, bias)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_methods_refuse_the_same(method) -> None:
+    x, skip, weight, bias = (t.detach() for t in make())
+    scalar = torch.tensor(1.0, device=DEVICE)
+    cases = [
+        ((scalar, scalar, weight, bias), r"not \(\), \(\) and \(4, 12\)"),
+        ((x.long(), skip, weight, bias), "x is torch.int64; it must be floating point"),
+        ((x, skip.long(), weight, bias), "skip is torch.int64; it must be floating point"),
+        ((x.bfloat16(), skip, weight, bias), "weight is torch.float32, but x torch.bfloat16"),
+        ((x, skip, weight, bias.double()), "bias is torch.float64, but x torch.float32"),
+        ((x, skip, weight, bias[:1]), r"bias has shape \(1,\); weight \(4, 12\) needs \(4,\)"),
+        ((x, skip, weight, bias.expand(3, 4)), r"bias has shape \(3, 4\)"),
+        ((x, skip, weight.to("meta"), bias), "weight is on meta, but x on"),
+    ]
+    for inputs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            skip_linear(*inputs, method=method)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match=r"weight is torch\.float64"):
+        skip_linear(x, skip, weight.double(), bias, method=method)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match=r"weight is torch\.float32"):
+        skip_linear(x.double(), skip, weight, bias, method=method)

@@ -68,6 +68,7 @@ def test_bad_input_is_named() -> None:
     cases = [
         (lambda: swiglu(x[:, :5]), r"x has shape \(4, 5\); its last dimension must be two halves"),
         (lambda: swiglu(x[0, 0]), r"x has shape \(\)"),
+        (lambda: swiglu(x.long()), "x is torch.int64; choose from torch.float32"),
         (lambda: swiglu(x, backend="cpu"), "unknown backend 'cpu'; choose from reference, triton"),
         (lambda: swiglu(x.double(), backend="triton"), "float64 is not among"),
         (lambda: swiglu(x.t(), backend="triton"), "not contiguous"),
