@@ -1,9 +1,8 @@
-"""Compiles every Triton kernel for sm_80 (A100) and sm_90 (H100, H200) without a GPU or driver: `python -m
-bench.aot`.
+"""Compiles every Triton kernel for sm_80 (A100) and sm_90 (H100, H200) without a GPU or driver.
 
-Prints registers, spills, shared memory, cubin size and occupancy of each variant and exits with 1 if one spills or
-takes more shared memory than the architecture has. Must run in a process of its own without TRITON_INTERPRET:
-`triton.jit` decides once, when a kernel is defined, whether it will be interpreted.
+`python -m bench.aot` prints registers, spills, shared memory, cubin size and occupancy of each variant and exits with 1
+if one spills or takes more shared memory than the architecture has. It must run in a process of its own without
+TRITON_INTERPRET: `triton.jit` decides once, when a kernel is defined, whether it will be interpreted.
 
 The variants are those of bench/variants/. `--save` writes the table to bench/results/aot.json, which is committed;
 `python -m bench.report` makes a page of it.
@@ -26,7 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.options import at_least
 from bench.variants import op_names, variants_of
+from erdfast.atomic import write_text
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes a program may use, by compute capability (CUDA programming guide, technical specifications)."""
@@ -78,8 +79,7 @@ def compile_kernel(
     """Compiles a `triton.jit` function for compute capability `cc` (80 or 90) and reads what ptxas reports.
 
     Args:
-        signature, constants, aligned: see `Variant`; an argument in neither of the first two is the constant
-            None.
+        signature, constants, aligned: see `Variant`; an argument in neither of the first two is the constant None.
         options: num_warps, num_stages ...
 
     Returns:
@@ -176,7 +176,7 @@ def save(reports: Sequence[Report]) -> None:
     import triton
 
     rows = ",\n".join(f"    {json.dumps(asdict(report))}" for report in reports)
-    TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "rows": [\n{rows}\n  ]\n}}\n')
+    write_text(TABLE, f'{{\n  "triton": "{triton.__version__}",\n  "rows": [\n{rows}\n  ]\n}}\n')
 
 
 def main() -> int:
@@ -187,8 +187,10 @@ def main() -> int:
     parser.add_argument("--cc", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--save", action="store_true", help=f"write {TABLE.relative_to(TABLE.parents[2])}: all kernels")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
+    parser.add_argument("--jobs", type=at_least(1), default=min(os.cpu_count() or 1, 8), help="processes that compile")
     args = parser.parse_args()
+    if unknown := sorted(set(args.kernel) - set(op_names())):
+        parser.error(f"no kernel is called {', '.join(unknown)}; choose from {', '.join(op_names())}")
     everything = args.kernel == op_names() and args.cc == [80, 90]
     if args.save and not everything:
         parser.error("--save takes all kernels and architectures: leave --kernel and --cc out")

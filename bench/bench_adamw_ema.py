@@ -1,7 +1,8 @@
 """One optimiser step over all parameters of a network: AdamW and one average of the weights, with or without clipping.
 
 eager is torch's foreach AdamW and a foreach lerp, torch_fused its fused AdamW and the same lerp, apex NVIDIA's
-FusedAdam (where it is installed) and the same lerp, fused is AdamWEma. All sides share parameters, gradients, moments
+FusedAdam (where it is installed) and the same lerp, fused is AdamWEma. Per parameter and without clipping they move
+80 + 12 (eager), 28 + 12 (torch_fused, apex) and 36 bytes (fused). All sides share parameters, gradients, moments
 and averages; each has an optimiser of its own. Gradients stay where they are, as if zeroed in place.
 
 `python -m bench.bench_adamw_ema` prints a table and writes bench/results/<device>/adamw_ema.json.
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Case, run_cases
-from erdfast.ops.optimizer import AdamWEma
+from bench.harness import Case, backend_of, run_cases
+from erdfast.ops import BACKENDS, AdamWEma
 from erdfast.presets import build_model
 
 OP = "adamw_ema"
@@ -110,6 +111,7 @@ def make_case(model: str, clip: bool, device: str) -> Case:
         make_inputs=make_inputs,
         sides=sides,
         passes=("forward",),
+        backend=backend_of(OP, device, torch.float32, BACKENDS),
         bytes={"forward": (40 if clip else 36) * numel},
         compile=False,  # takes minutes for hundreds of tensors; fused AdamW is what torch offers for speed
     )

@@ -1,5 +1,4 @@
-"""x_t = alpha*x0 + sigma*eps with computed ("drawn") or given noise: the fused op beside eager PyTorch and
-torch.compile.
+"""x_t = alpha*x0 + sigma*eps with computed ("drawn") or given noise: the op beside eager PyTorch and torch.compile.
 
 Eager draws its noise by torch.randn_like. `python -m bench.bench_add_noise` prints a table and writes
 bench/results/<device>/add_noise.json.
@@ -12,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops import NoiseKey, add_noise
+from erdfast.ops.backend import BACKENDS
 from erdfast.process import Coefficients, Process
 
 OP = "add_noise"
@@ -61,14 +61,15 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, noise: str, device: st
         return (x0, eps, *random_inputs(i, shape, device))
 
     arrays = 3 if noise == "given" else 2
-    size = "x".join(map(str, shape))
+    size, elements = "x".join(map(str, shape)), torch.Size(shape).numel()
     return Case(
         name=f"{size} {str(dtype).removeprefix('torch.')} {noise} noise",
-        fields={"shape": list(shape), "dtype": dtype, "noise": noise},
+        fields={"shape": list(shape), "dtype": dtype, "noise": noise, "elements": elements},
         make_inputs=make_inputs,
         sides={"eager": eager, "fused": fused},
         passes=("forward",),
-        bytes={"forward": arrays * dtype.itemsize * torch.Size(shape).numel()},
+        bytes={"forward": arrays * dtype.itemsize * elements},
+        backend=backend_of(OP, device, dtype, BACKENDS),
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bench.device import default_device
 from bench.harness import Case, run_cases
+from bench.options import at_least
 from bench.timing import interleave
 from erdfast.atomic import write_text
 from erdfast.ops import attention_table
@@ -96,6 +97,7 @@ def make_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
             "backward": 8 * numel * dtype.itemsize + 4 * rows,
         },
         flops={"forward": 2 * products, "backward": 5 * products},
+        backend="triton" if own else "auto",
         compile=False,  # torch.compile leaves PyTorch's attention as it is
     )
 
@@ -252,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=SHAPES[:1] if special.sweep else SHAPES, metavar="HxLxK"
     )
-    parser.add_argument("--batch", type=int, default=BATCH[device])
+    parser.add_argument("--batch", type=at_least(1), default=BATCH[device])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", *(["float32"] * (device == "cpu"))])
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=at_least(1), default=31)
     parser.add_argument("--out", type=Path, default=attention_table.user_path(), help="the table; default: this user's")
     options = parser.parse_args(rest)
     dtypes = [getattr(torch, name) for name in options.dtypes]

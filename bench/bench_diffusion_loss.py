@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.bench_add_noise import SHAPES, column, random_inputs
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops import NoiseKey, add_noise, diffusion_loss
+from erdfast.ops.backend import BACKENDS
 from erdfast.process import Coefficients
 
 OP = "diffusion_loss"
@@ -64,14 +65,15 @@ def make_case(shape: tuple[int, ...], dtype: torch.dtype, noise: str, work: str,
 
     arrays = {"loss": 3, "all": 5}[work]
     draws = {"loss": 1, "all": 2}[work] if noise == "given" else 0
-    size = "x".join(map(str, shape))
+    size, elements = "x".join(map(str, shape)), torch.Size(shape).numel()
     return Case(
         name=f"{size} {str(dtype).removeprefix('torch.')} {noise} noise {work}",
-        fields={"shape": list(shape), "dtype": dtype, "noise": noise, "work": work},
+        fields={"shape": list(shape), "dtype": dtype, "noise": noise, "work": work, "elements": elements},
         make_inputs=make_inputs,
         sides={"eager": partial(eager, work=work), "fused": partial(fused, work=work)},
         passes=("both",),
-        bytes={"both": (arrays + draws) * dtype.itemsize * torch.Size(shape).numel()},
+        bytes={"both": (arrays + draws) * dtype.itemsize * elements},
+        backend=backend_of(OP, device, dtype, BACKENDS),
     )
 
 

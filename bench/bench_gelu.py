@@ -1,5 +1,6 @@
-"""GELU and its gradient beside eager PyTorch and torch.compile; and the Linear before it, whose epilogue applies it
-where no gradient is needed.
+"""GELU and its gradient beside eager PyTorch and torch.compile; and the Linear before it, which may apply it.
+
+A product applies GELU in its epilogue where no gradient is needed.
 
 PyTorch's eager GELU is one pass each way as well: the kernel has to match it, what it can gain is its gradient.
 `python -m bench.bench_gelu` prints a table and writes bench/results/<device>/gelu.json.
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops.gelu import gelu, linear_gelu
 
 OP = "gelu"
@@ -43,6 +44,7 @@ def elementwise(shape: tuple[int, int], dtype: torch.dtype, approximate: str, de
         make_inputs=make_inputs,
         sides={"eager": eager, "fused": fused},
         bytes={"forward": 2 * size, "backward": 3 * size},
+        backend=backend_of(OP, device, dtype),
     )
 
 
@@ -69,6 +71,7 @@ def epilogue(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         passes=("forward",),
         bytes={"forward": dtype.itemsize * (tokens * (width + hidden) + width * hidden + hidden)},
         flops={"forward": 2 * tokens * width * hidden},
+        backend="reference" if device == "cpu" else None,  # a GPU's library of products has the epilogue
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops.heun_step import HeunRow, heun_step
 
 OP = "heun_step"
@@ -80,6 +80,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
                         sides={"eager": eager(guided, corrector), "fused": fused(guided, corrector)},
                         passes=("forward",),
                         bytes={"forward": per_element * numel},
+                        backend=backend_of(OP, device, torch.float32),
                     )
 
 

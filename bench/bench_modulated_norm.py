@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops.modulated_norm import gated_residual, modulated_norm, residual_norm
 
 OP = "modulated_norm"
@@ -128,6 +128,7 @@ def make_case(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device
         make_inputs=make_inputs,
         sides={"eager": eager_sides(kind, dtype), "fused": fused_sides(kind, dtype)},
         bytes={name: elements * count for name, count in per_element.items()},
+        backend=backend_of(OP, device, torch.float32),
     )
 
 

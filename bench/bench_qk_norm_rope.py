@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops.qk_norm_rope import qk_norm_rope, rope_tables
 
 OP = "qk_norm_rope"
@@ -80,6 +80,7 @@ def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
                 make_inputs=make_inputs(shape, dtype, device),
                 sides={"eager": eager(heads), "fused": fused(heads)},
                 bytes={"forward": 4 * part, "backward": 8 * part},
+                backend=backend_of(OP, device, dtype),
             )
 
 

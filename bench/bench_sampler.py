@@ -70,6 +70,7 @@ def make_case(model: str, num: int, steps: int, dtype: torch.dtype, device: str)
         passes=("forward",),
         bytes={"forward": calls * dtype.itemsize * parameter_count(config)},
         flops={"forward": 2 * calls * num * forward_flops(config)},
+        backend="reference" if device == "cpu" else None,  # what a network calls is compiled for GPUs alone
         compile=False,
     )
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Case, run_cases
+from bench.harness import Case, backend_of, run_cases
 from erdfast.ops.swiglu import swiglu
 
 OP = "swiglu"
@@ -41,6 +41,7 @@ def make_case(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         make_inputs=make_inputs,
         sides={"eager": eager, "fused": swiglu},
         bytes={"forward": 3 * size, "backward": 5 * size},
+        backend=backend_of(OP, device, dtype),
     )
 
 

@@ -1,8 +1,7 @@
-"""A whole training step, from gathering a batch to the averaged weights: plain PyTorch, torch.compile, this package,
-others.
+"""A whole training step, from gathering a batch to the averaged weights: PyTorch, torch.compile, this package, others.
 
-    python -m bench.bench_train_step --model dit_b2 --batch 128 --sides eager compile ours ours_compile python -m
-    bench.bench_train_step --model uvit_h2 --batch 128 --erd ~/Elucidated-Representation-Diffusion --uvit ~/U-ViT
+    python -m bench.bench_train_step --model dit_b2 --batch 128 --sides eager compile ours ours_compile
+    python -m bench.bench_train_step --model uvit_h2 --batch 128 --erd ~/ERD --uvit ~/U-ViT
 
 Each side lives in a process of its own, so that none profits from another's allocator, compiler or imports; blocks of
 steps take turns on the device. The first steps, and the first of every block, are not counted. A side is a median over
@@ -28,9 +27,11 @@ import torch
 
 from bench.device import ROOT, device_name, environment
 from bench.harness import RESULTS
+from bench.options import at_least
 from bench.peers import PEERS
 from bench.report import milliseconds
 from bench.step_sides import SIDES, StepOptions, build
+from bench.store import ResultFile, help_text
 from bench.timing import Timing, ratio, summarize
 from erdfast import presets
 from erdfast.models.flops import training_flops
@@ -38,6 +39,8 @@ from erdfast.training.precision import resolve_precision
 from erdfast.training.speed import peak_flops
 
 OURS = "ours"
+DEFAULT_SIDES = ("eager", "compile", OURS, "ours_compile")
+DEFAULT_BLOCKS, DEFAULT_STEPS = 5, 10
 
 
 # ---------------------------------------------------------------------------- a side's own process
@@ -177,15 +180,20 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         print(text)
 
 
-def save(rows: Sequence[dict[str, Any]], options: StepOptions, results: Path) -> Path:
-    """Write bench/results/<device>/train_step_<model>_<batch>.json."""
-    path = results / device_name() / f"train_step_{options.model}_{options.batch}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def head() -> dict[str, Any]:
+    """What a result says about all of its rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = environment() | {"precision": resolve_precision("auto", device).name}
-    result = {"op": "train_step", "environment": where, "rows": list(rows)}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
+    return {"op": "train_step", "environment": where}
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """What a run with these options lacks of a full one."""
+    lacking = [f"side {side}" for side in DEFAULT_SIDES if side not in args.sides]
+    for name, wanted in (("blocks", DEFAULT_BLOCKS), ("steps", DEFAULT_STEPS)):
+        if getattr(args, name) < wanted:
+            lacking.append(f"{wanted - getattr(args, name)} of {wanted} {name}")
+    return lacking
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -195,27 +203,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers, sys.stdout = sys.stdout, sys.stderr  # their code may print
         work(arguments[1], StepOptions(**json.loads(arguments[2])), sys.stdin, answers)
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="dit_b2", choices=list(presets.MODELS), metavar="PRESET")
-    parser.add_argument("--batch", type=int, default=128, help="images per step")
-    parser.add_argument("--sides", nargs="+", default=["eager", "compile", OURS, "ours_compile"], choices=list(SIDES))
+    parser.add_argument("--batch", type=at_least(1), default=128, help="images per step")
+    parser.add_argument("--sides", nargs="+", default=list(DEFAULT_SIDES), choices=list(SIDES))
     for name in PEERS:
         parser.add_argument(f"--{name}", metavar="PATH", help="a checkout of their repository, measured as well")
     parser.add_argument("--compile", default="default", choices=["default", "max-autotune"], help="of ours_compile")
-    parser.add_argument("--blocks", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=10, help="counted steps of a block")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first block")
+    parser.add_argument("--blocks", type=at_least(1), default=DEFAULT_BLOCKS, help="turns of each side")
+    parser.add_argument("--steps", type=at_least(1), default=DEFAULT_STEPS, help="counted steps of a block")
+    parser.add_argument("--warmup", type=at_least(0), default=5, help="steps before the first block")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--overwrite", action="store_true", help="let this run replace a full one whatever it lacks")
     parser.add_argument("--no-save", dest="save", action="store_false", help="print only")
     args = parser.parse_args(arguments)
     paths = {name: getattr(args, name) for name in PEERS if getattr(args, name)}
     options = StepOptions(model=args.model, batch=args.batch, compile=args.compile, paths=paths)
     sides = [*args.sides, *paths]
+    path = args.results / device_name() / f"train_step_{args.model}_{args.batch}.json"
+    try:
+        file = ResultFile(path, missing=missing(args), overwrite=args.overwrite) if args.save else None
+    except ValueError as error:
+        parser.error(str(error))
     rows: list[dict[str, Any]] = []
-    for workers in measure(sides, options, blocks=args.blocks, steps=args.steps, warmup=args.warmup):
+    described = head()
+    turns = measure(sides, options, blocks=args.blocks, steps=args.steps, warmup=args.warmup)
+    for turn, workers in enumerate(turns, start=1):
         rows = make_rows(workers, options)
-        if args.save:  # as they come: the time of a machine may run out
-            save(rows, options, args.results)
+        lost = [row["side"] for row in rows if "failed" in row and row["side"] in SIDES]
+        if file is not None:  # as they come: the time of a machine may run out
+            file.write(described, rows, finished=turn == args.blocks and not lost)
     print_rows(rows)
     if any("failed" in row for row in rows):
         raise SystemExit(1)

@@ -30,10 +30,16 @@ class Ceilings:
     matmul_flops_per_s: dict[str, float] = field(default_factory=dict)
     """Of a large square matrix product on random data, by dtype."""
 
-    def floor_s(self, num_bytes: int, flops: int = 0, dtype: str = "bfloat16") -> float:
-        """The least time for this traffic and these operations: the longer of the two."""
+    def floor_s(self, num_bytes: int, flops: int = 0, dtype: str = "bfloat16") -> float | None:
+        """The least time for this traffic and these operations: the longer of the two.
+
+        None where there are operations in a dtype whose rate was not measured.
+        """
+        memory_s = num_bytes / self.copy_bytes_per_s
+        if not flops:
+            return memory_s
         rate = self.matmul_flops_per_s.get(dtype)
-        return max(num_bytes / self.copy_bytes_per_s, flops / rate if rate else 0.0)
+        return None if rate is None else max(memory_s, flops / rate)
 
 
 def default_device() -> str:

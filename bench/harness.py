@@ -4,7 +4,9 @@ A benchmark file has `OP`, `cases(device, dtypes)` and `main`, which calls `run_
 backward and both, on random inputs that rotate through enough sets to exceed the caches. A row of the result says how
 the fused side does against each other side (ratio of medians, with low and high from opposite quantiles), how much of
 the least possible time it takes (`share`: bytes over the measured copy rate or operations over the measured matrix
-rate, whichever is longer), and what memory it needs.
+rate, whichever is longer), and what memory it needs. The fused side is also timed alone, in rounds of its own on the
+same rotating inputs: what lies between that and its time among the others is its neighbours' pressure on caches and
+pages.
 
 Eager and fused are measured beside each other before torch.compile has run in the process, and torch.compile beside
 fused afterwards: on a CPU, what the compiler allocates teaches glibc to keep memory, which flatters eager code, whose
@@ -14,7 +16,6 @@ temporaries are fresh pages in a process of its own. On a GPU the allocator is P
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from erdfast.ops.backend import resolve_backend
+
 from .device import ROOT, Ceilings, default_device, device_name, environment, measure_ceilings
+from .options import at_least
+from .store import ResultFile, help_text
 from .timing import Prepare, Timing, interleave, ratio
 
 RESULTS = ROOT / "bench" / "results"
@@ -35,6 +40,16 @@ ROTATION_BYTES = 256 << 20
 """Inputs rotate through sets of this size together: five times the L2 of an H100."""
 MAX_SETS = 8
 DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_DTYPES = ("float32", "bfloat16")
+DEFAULT_ROUNDS = 31
+QUICK_ROUNDS = 3
+ALONE = "alone"
+"""Beside the sides of a row's first timings: the fused side without neighbours."""
+NOT_COMPILED = {
+    "reference": "reference (no compiled code on this device)",
+    "auto": "auto (PyTorch's own, unless a table of measurements names another)",
+}
+"""Back ends by which the fused side is no kernel of ours, with what a reader must know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +72,8 @@ class Case:
     """Operations per pass, where matrix products matter."""
     compile: bool = True
     """Add the side "compile", torch.compile of eager."""
+    backend: str | None = None
+    """What runs the fused side, where the benchmark knows it: of `backend_of`, or "auto" of attention."""
 
     def all_passes(self) -> tuple[str, ...]:
         """In the order of PASSES."""
@@ -71,6 +88,11 @@ class Case:
 
 
 Cases = Callable[[str, Sequence[torch.dtype]], Iterable[Case]]
+
+
+def backend_of(op: str, device: str, dtype: torch.dtype, backends: Sequence[str] = ("reference", "triton")) -> str:
+    """The back end that an op takes by default; "reference" where it has no compiled code for the device."""
+    return resolve_backend(None, torch.device(device), dtype, op=op, backends=backends)
 
 
 class Measurement:
@@ -139,6 +161,10 @@ class Measurement:
         sides = {side: self.prepare(side, kind) for side in self.sides}
         return interleave(sides, rounds, device=self.device)
 
+    def time_alone(self, kind: str, rounds: int) -> Timing:
+        """The fused side in rounds of its own."""
+        return interleave({ALONE: self.prepare("fused", kind)}, rounds, device=self.device)[ALONE]
+
     def peak_bytes(self, side: str, kind: str) -> int | None:
         """The most that a call allocates beyond what was there before; None on a CPU, where nobody counts all of it."""
         if self.device != "cuda":
@@ -190,19 +216,22 @@ def measure(case: Case, device: str, rounds: int, *, compiled: bool | None) -> d
     return {
         "failed": failed,
         "timings": {kind: run.time(kind, rounds) for kind in kinds},
+        # Once is enough: the run with torch.compile has the same fused side.
+        ALONE: {} if compiled else {kind: run.time_alone(kind, rounds) for kind in kinds},
         "peak_bytes": {kind: {side: run.peak_bytes(side, kind) for side in run.sides} for kind in kinds},
         "kept_bytes": {side: run.kept_bytes(side) for side in run.sides} if differentiable else {},
     }
 
 
-def make_rows(case: Case, runs: Sequence[Mapping[str, Any]], ceilings: Ceilings) -> list[dict[str, Any]]:
+def make_rows(case: Case, runs: Sequence[Mapping[str, Any]], ceilings: Ceilings | None) -> list[dict[str, Any]]:
     """One row per pass from the runs of a case: a side is compared with the fused side of its own run."""
+    dtype = str(_plain(case.fields.get("dtype", "bfloat16")))
     rows = []
     for kind in case.all_passes():
         timings: list[dict[str, Timing]] = [run["timings"][kind] for run in runs]
         fused = timings[0]["fused"]
         num_bytes, flops = case.work(kind, case.bytes), case.work(kind, case.flops)
-        dtype = str(_plain(case.fields.get("dtype", "bfloat16")))
+        floor_s = None if ceilings is None else ceilings.floor_s(num_bytes, flops, dtype)
         peaks = {side: peak for run in runs for side, peak in run["peak_bytes"][kind].items() if peak is not None}
         row = {
             "case": case.name,
@@ -212,16 +241,24 @@ def make_rows(case: Case, runs: Sequence[Mapping[str, Any]], ceilings: Ceilings)
             "flops": flops,
             "bytes_per_s": num_bytes / (1e-3 * fused.p50_ms),
             "flops_per_s": flops / (1e-3 * fused.p50_ms),
-            "share": ceilings.floor_s(num_bytes, flops, dtype) / (1e-3 * fused.p50_ms),
+            "share": None if floor_s is None else floor_s / (1e-3 * fused.p50_ms),
             "over": {s: ratio(t, beside["fused"]) for beside in timings for s, t in beside.items() if s != "fused"},
             "peak_bytes": peaks or None,
             "kept_bytes": {side: kept for run in runs for side, kept in run["kept_bytes"].items()} or None,
-            "timings": [{side: asdict(timing) for side, timing in beside.items()} for beside in timings],
+            "timings": [_timings(run, kind) for run in runs],
         }
+        if case.backend is not None:
+            row["backend"] = case.backend
         if failed := {side: reason for run in runs for side, reason in run["failed"].items()}:
             row["failed"] = failed
         rows.append(row)
     return rows
+
+
+def _timings(run: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Of all sides of a run, and of the fused one alone if that was measured."""
+    alone = {ALONE: run[ALONE][kind]} if kind in run[ALONE] else {}
+    return {side: asdict(timing) for side, timing in (run["timings"][kind] | alone).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -231,11 +268,22 @@ def _plain(value: Any) -> Any:
 
 def print_row(row: Mapping[str, Any]) -> None:
     """One line for people."""
-    fused = row["timings"][0]["fused"]["p50_ms"]
-    over = "  ".join(f"{r['median']:5.2f}x {side} ({r['low']:.2f}-{r['high']:.2f})" for side, r in row["over"].items())
-    print(
-        f"{row['case']:34} {row['pass']:8} {fused:9.3f} ms  {100 * row['share']:4.0f}% of ceiling  {over}", flush=True
-    )
+    timings = row["timings"][0]
+    parts = [f"{row['case']:34} {row['pass']:8} {timings['fused']['p50_ms']:9.3f} ms"]
+    if ALONE in timings:
+        parts.append(f"alone {timings[ALONE]['p50_ms']:9.3f} ms")
+    if row["share"] is not None:
+        parts.append(f"{100 * row['share']:4.0f}% of ceiling")
+    if elements := row["fields"].get("elements"):
+        rates = {
+            side: f"{1e-3 * elements / timings[side]['p50_ms']:,.0f}" for side in ("fused", ALONE) if side in timings
+        }
+        alone = f" (alone {rates[ALONE]})" if ALONE in rates else ""
+        parts.append(f"{rates['fused']}{alone} million elements/s")
+    parts += [f"{r['median']:5.2f}x {side} ({r['low']:.2f}-{r['high']:.2f})" for side, r in row["over"].items()]
+    if row.get("backend") in NOT_COMPILED:
+        parts.append(f"by {NOT_COMPILED[row['backend']]}")
+    print("  ".join(parts), flush=True)
     for side, reason in row.get("failed", {}).items():
         print(f"    {side} left out: {reason}")
 
@@ -248,13 +296,11 @@ def run_cases(op: str, cases: Cases, doc: str | None, argv: Sequence[str] | None
 
     Exits with 1 after all cases if one could not be measured.
     """
-    options = _parse(doc, argv)
+    options = _parse(op, doc, argv)
     device = default_device()
     torch.manual_seed(0)
-    ceilings = measure_ceilings(device, quick=options.quick)
-    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.matmul_flops_per_s.items())
-    copies = f"copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s"
-    print(f"{op} on {device_name()}: {copies}, matrix products in TFLOP/s: {rates}", flush=True)
+    ceilings = None if options.quick else measure_ceilings(device)  # a few calls of a toy size have no ceiling
+    print(f"{op} on {device_name()}: {_describe(ceilings, options.dtypes)}", flush=True)
     dtypes = [getattr(torch, name) for name in options.dtypes]
     size = "cpu" if options.quick else device
     chosen = [case for case in cases(size, dtypes) if options.only in case.name]
@@ -263,17 +309,17 @@ def run_cases(op: str, cases: Cases, doc: str | None, argv: Sequence[str] | None
     if options.quick:
         chosen = chosen[:1]
     rows: list[dict[str, Any]] = []
-    failures = []
+    failures: list[str] = []
+    file, head = options.file, {"op": op, "environment": environment(), "ceilings": ceilings and asdict(ceilings)}
     for case, runs in _runs(chosen, size, options, failures):
         new = make_rows(case, runs, ceilings)
         rows += new
         for row in new:
             print_row(row)
-        if options.save:
-            save(op, rows, ceilings, complete=False, results=options.results)
-    if options.save and rows:
-        path = save(op, rows, ceilings, complete=not failures, results=options.results)
-        print(f"written: {path}")
+        if file is not None:
+            file.write(head, rows, finished=False)
+    if file is not None and rows:
+        print(f"written: {file.write(head, rows, finished=not failures)}")
     if failures:
         raise SystemExit("\n".join(["not measured:", *failures]))
     return rows
@@ -304,34 +350,48 @@ def _runs(
         yield case, [run] if second is None else [run, second]
 
 
-def _parse(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31, help="timed calls of each side")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+def _describe(ceilings: Ceilings | None, dtypes: Sequence[str]) -> str:
+    """The ceilings in words, and which are lacking."""
+    if ceilings is None:
+        return "does it run? Times of so few calls mean nothing"
+    measured = ceilings.matmul_flops_per_s
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in measured.items())
+    text = f"copies {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, matrix products in TFLOP/s: {rates}"
+    if lacking := [name for name in dtypes if name not in measured]:
+        text += f"; not measured for {', '.join(lacking)}: no share of the ceiling where those products matter"
+    return text
+
+
+def _parse(op: str, doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=DEFAULT_ROUNDS, help="timed calls of each side")
+    parser.add_argument("--dtypes", nargs="+", default=list(DEFAULT_DTYPES), choices=DTYPES)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name; not saved")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--no-save", dest="save", action="store_false", help="print only")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--overwrite", action="store_true", help="let this run replace a full one whatever it lacks")
     parser.add_argument("--quick", action="store_true", help="one small case and few calls: does it run? not saved")
     options = parser.parse_args(argv)
     if options.quick:
-        options.rounds = min(options.rounds, 3)
-    options.save = options.save and not options.only and not options.quick
+        options.rounds = min(options.rounds, QUICK_ROUNDS)
+    options.file = None
+    if options.save and not options.only and not options.quick:
+        path = options.results / device_name() / f"{op}.json"
+        try:
+            options.file = ResultFile(path, missing=_missing(options), overwrite=options.overwrite)
+        except ValueError as error:
+            parser.error(str(error))
     return options
 
 
-def save(
-    op: str, rows: Sequence[Mapping[str, Any]], ceilings: Ceilings, *, complete: bool = True, results: Path = RESULTS
-) -> Path:
-    """Write <results>/<device>/<op>.json; `complete` says whether every case is in it."""
-    path = results / device_name() / f"{op}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "op": op,
-        "environment": environment(),
-        "ceilings": asdict(ceilings),
-        "complete": complete,
-        "rows": list(rows),
-    }
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
+def _missing(options: argparse.Namespace) -> list[str]:
+    """What a run with these options lacks of a full one."""
+    lacking = [name for name in DEFAULT_DTYPES if name not in options.dtypes]
+    if not options.compile:
+        lacking.append("torch.compile")
+    if options.rounds < DEFAULT_ROUNDS:
+        lacking.append(f"{DEFAULT_ROUNDS - options.rounds} of {DEFAULT_ROUNDS} rounds")
+    return lacking

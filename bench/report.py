@@ -1,27 +1,42 @@
 """Renders tables from the committed results, and from nothing else: `python -m bench.report`.
 
-- README.md: what lies between `<!-- bench:OP:DEVICE -->` and `<!-- /bench -->` becomes the table of
+- README.md: what lies between the lines `<!-- bench:OP:DEVICE -->` and `<!-- /bench -->` becomes the table of
   bench/results/DEVICE/OP.json. With `<!-- bench:OP:DEVICE:WORDS -->` only rows whose case and pass contain every word.
 - bench/results/DEVICE/README.md: all tables of a device.
 - bench/results/README.md: what the compiler says about the Triton kernels (bench/results/aot.json).
+
+A result that is missing or damaged, or a marker that is none, ends it with one line and code 2; nothing is written.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS
+from bench.harness import ALONE, NOT_COMPILED, RESULTS
+from bench.store import PARTIAL
+from erdfast.atomic import write_text
 
 README = Path(__file__).parent.parent / "README.md"
-MARKED = re.compile(r"(<!-- bench:(\w+):(\w+)(?::([^>]*?))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- bench:(\w+):([\w.-]+)(?::([^>]*?))? -->")
+CLOSING = "<!-- /bench -->"
+MEANT = re.compile(r"<!--\s*/?\s*bench\b")
+"""What looks like one of the two must be one."""
 PASS_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 COMPILED, EAGER = "compile", "eager"
 
+LACKING = " Not a full run: dtypes, cases, sides or rounds are missing."
+
 Row = Mapping[str, Any]
+
+
+class ReportError(ValueError):
+    """A result or marker that cannot be rendered; the message is for whoever has to mend it."""
 
 
 # ---------------------------------------------------------------------------- results of the harness
@@ -31,20 +46,22 @@ def op_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """Rows of one op: time, share of the ceiling, ratios, memory; a column that no row fills is left out."""
     rows = [row for row in result["rows"] if all(word in f"{row['case']} {row['pass']}".split() for word in words)]
     if not rows:
-        raise ValueError(f"no row of {result['op']} has all of: {' '.join(words)}")
+        raise ReportError(f"no row of {result['op']} has all of: {' '.join(words)}")
     sides = list(dict.fromkeys(side for row in rows for side in row["over"]))
     sides.sort(key=lambda side: (side != EAGER, side != COMPILED))  # these two first, the rest as they come
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: row["case"],
         "pass": lambda row: PASS_NAMES[row["pass"]],
         "ms": lambda row: milliseconds(row["timings"][0]["fused"]["p50_ms"]),
-        "of ceiling": lambda row: f"{row['share']:.0%}",
+        "ms alone": lambda row: alone(row["timings"][0]),
+        "of ceiling": lambda row: "" if row["share"] is None else f"{row['share']:.0%}",
     }
     for side in sides:
         columns[f"over {_side(side)}"] = lambda row, side=side: spread(row["over"].get(side))
     columns["peak memory"] = lambda row: memory(row.get("peak_bytes"))
     columns["kept for backward"] = lambda row: memory(row.get("kept_bytes"))
-    return table(columns, rows) + "\n\n" + footnote(result)
+    columns["back end"] = lambda row: NOT_COMPILED.get(row.get("backend", ""), "")
+    return table(columns, rows) + "\n\n" + footnote(result, rows)
 
 
 def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
@@ -55,18 +72,38 @@ def table(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> s
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def footnote(result: Mapping[str, Any]) -> str:
-    """What was measured where, by what."""
+def footnote(result: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """What was measured where, by what, and what readers of these rows must know."""
     where, ceilings = result["environment"], result["ceilings"]
     versions = [f"{name} {where[name]}" for name in ("torch", "triton", "driver") if where.get(name)]
     rates = [f"copies {ceilings['copy_bytes_per_s'] / 1e9:,.0f} GB/s"]
     rates += [f"{name} products {flops / 1e12:,.3g} TFLOP/s" for name, flops in ceilings["matmul_flops_per_s"].items()]
-    rounds = result["rows"][0]["timings"][0]["fused"]["rounds"]
-    partial = "" if result.get("complete", True) else " The run was cut short."
-    return (
+    rounds = rows[0]["timings"][0]["fused"]["rounds"]
+    remarks = [
         f"{where['device']} ({', '.join(rates)}), {', '.join(versions)}, {where['date']}, commit `{where['commit']}`; "
-        f"medians of {rounds} interleaved rounds, in brackets the ratios of opposite 20% and 80% quantiles.{partial}\n"
-    )
+        f"medians of {rounds} interleaved rounds, in brackets the ratios of opposite 20% and 80% quantiles."
+    ]
+    if any(ALONE in row["timings"][0] for row in rows):
+        remarks.append("Alone: the fused side in rounds without the others.")
+    above = [row for row in rows if row["share"] is not None and round(100 * row["share"]) > 100]
+    if any(not row.get("flops") for row in above):
+        remarks.append(
+            "More than 100% of the ceiling: the data of a small case comes in part from the caches, and the ceiling is "
+            "a copy of arrays far larger than they are."
+        )
+    if any(row.get("flops") for row in above):
+        remarks.append(
+            "More than 100% of the ceiling with matrix products: the ceiling is one large square product, or a copy of "
+            "arrays far larger than the caches, and this size runs faster than those."
+        )
+    if any(row.get("backend") in NOT_COMPILED for row in rows):
+        remarks.append("Where a back end is named, both sides are PyTorch's code: no result of a kernel of ours.")
+    return " ".join(remarks) + ("" if result.get("complete", True) else LACKING) + "\n"
+
+
+def alone(timings: Mapping[str, Any]) -> str:
+    """Milliseconds of the fused side without neighbours; empty in results that lack it."""
+    return milliseconds(timings[ALONE]["p50_ms"]) if ALONE in timings else ""
 
 
 def spread(ratio: Mapping[str, float] | None) -> str:
@@ -99,7 +136,7 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
     measured = [row for row in result["rows"] if "failed" not in row]
     rows = [row for row in measured if all(word in f"{row['case']} {row['side']}".split() for word in words)]
     if not rows:
-        raise ValueError(f"no row of {result['op']} has all of: {' '.join(words)}")
+        raise ReportError(f"no row of {result['op']} has all of: {' '.join(words)}")
     columns: dict[str, Callable[[Row], str]] = {
         "step": lambda row: row["case"],
         "side": lambda row: row["side"],
@@ -115,7 +152,8 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
         table(columns, rows),
         "",
         f"{where['device']}, {', '.join(versions)}, {where['date']}, commit `{where['commit']}`; medians over blocks "
-        "of steps, interleaved; MFU against the data sheet's dense bf16 peak.",
+        "of steps, interleaved; MFU against the data sheet's dense bf16 peak."
+        + ("" if result.get("complete", True) else LACKING),
     ]
     return "\n".join(lines) + "\n"
 
@@ -130,8 +168,48 @@ def render_result(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file; files without rows are no results of benchmarks."""
-    return json.loads(path.read_text())
+    """A result file; files without rows are no results of benchmarks.
+
+    Raises:
+        ReportError: it is missing or damaged.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ReportError(f"{_shown(path)} is missing; {_remedy(path)}") from None
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{_shown(path)} is damaged ({error}); {_remedy(path)}") from None
+    if not isinstance(result, dict):
+        raise ReportError(f"{_shown(path)} is damaged (no object); {_remedy(path)}")
+    return result
+
+
+def render_file(path: Path, words: Sequence[str] = ()) -> str:
+    """The table of one result file.
+
+    Raises:
+        ReportError: it is missing or damaged, or no row has the words.
+    """
+    result = load(path)
+    try:
+        return render_result(result, words)
+    except ReportError as error:
+        raise ReportError(f"{_shown(path)}: {error}") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ReportError(f"{_shown(path)} is no result of a benchmark ({reason}); {_remedy(path)}") from error
+
+
+def _shown(path: Path) -> str:
+    return f"bench/results/{path.relative_to(RESULTS)}"
+
+
+def _remedy(path: Path) -> str:
+    """What writes a result."""
+    if path.stem == "aot":
+        return "`python -m bench.aot --save` writes it"
+    op = "train_step" if path.stem.startswith("train_step") else path.stem
+    return f"`python -m bench.bench_{op}` writes it"
 
 
 # ---------------------------------------------------------------------------- what the compiler says
@@ -155,9 +233,10 @@ def aot_page(result: Mapping[str, Any]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        "What ptxas says about every variant that a launch may ask for, without a GPU (`python -m bench.aot --save`,",
-        "rendered by `python -m bench.report`; aot.json has each variant). Registers, shared memory and threads bound",
-        "the programs that an SM holds and so the share of its warps; ranges are over the variants.",
+        "What ptxas says about a sample of the variants that launches ask for (bench/variants: the presets' sizes, the",
+        "dtypes and odd sizes), without a GPU (`python -m bench.aot --save`, rendered by `python -m bench.report`;",
+        "aot.json has each variant). Registers, shared memory and threads bound the programs that an SM holds and so",
+        "the share of its warps; ranges are over these variants.",
         "",
         table(columns, [{"key": key, "rows": rows} for key, rows in groups.items()]),
         "",
@@ -176,23 +255,51 @@ def between(rows: Sequence[Row], name: str, form: str = "{:,}") -> str:
 
 
 def render(text: str) -> str:
-    """README with all marked tables made anew."""
+    """README with all marked tables made anew.
 
-    def fill(match: re.Match[str]) -> str:
-        opening, op, device, words, closing = match.groups()
-        return opening + render_result(load(RESULTS / device / f"{op}.json"), (words or "").split()) + closing
-
-    return MARKED.sub(fill, text)
+    Raises:
+        ReportError: a marker that is none, has no end, or whose result cannot be rendered; the message has its text.
+    """
+    lines: list[str] = []
+    opened: str | None = None
+    for line in text.splitlines(keepends=True):
+        marker = line.strip()
+        if not MEANT.search(line):
+            if opened is None:
+                lines.append(line)
+            continue
+        match = OPENING.fullmatch(marker)
+        if opened is None and match is not None:
+            op, device, words = match.groups()
+            try:
+                filled = render_file(RESULTS / device / f"{op}.json", (words or "").split())
+            except ReportError as error:
+                raise ReportError(f"README.md, {marker}: {error}") from error
+            lines += [line, filled]
+            opened = marker
+        elif opened is not None and marker == CLOSING:
+            lines.append(line)
+            opened = None
+        elif opened is not None:
+            raise ReportError(f"README.md, {opened}: there must be a line {CLOSING} before {marker}")
+        else:
+            raise ReportError(
+                f"README.md, {marker}: a marker is a line <!-- bench:OP:DEVICE --> or, with words that "
+                f"choose rows, <!-- bench:OP:DEVICE:WORDS -->, and {CLOSING} ends what it has opened"
+            )
+    if opened is not None:
+        raise ReportError(f"README.md, {opened}: there is no line {CLOSING} after it")
+    return "".join(lines)
 
 
 def device_page(folder: Path) -> str | None:
     """All results of one device; None if it has none."""
-    results = {path.stem: load(path) for path in sorted(folder.glob("*.json"))}
-    results = {name: result for name, result in results.items() if "rows" in result}
-    if not results:
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.name.endswith(PARTIAL)]
+    tables = {path.stem: render_file(path) for path in paths if "rows" in load(path)}
+    if not tables:
         return None
     parts = [f"# Measured on {folder.name}\n\nRendered by `python -m bench.report` from the JSON files beside it.\n"]
-    parts += [f"## {name}\n\n{render_result(result)}" for name, result in results.items()]
+    parts += [f"## {name}\n\n{text}" for name, text in tables.items()]
     return "\n".join(parts)
 
 
@@ -206,10 +313,16 @@ def pages() -> Iterator[tuple[Path, str]]:
         yield RESULTS / "README.md", aot_page(load(RESULTS / "aot.json"))
 
 
-def main() -> None:
-    """Rewrite them."""
-    for path, text in pages():
-        path.write_text(text)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Rewrite them, all or none."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    try:
+        rendered = list(pages())
+    except ReportError as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    for path, text in rendered:
+        write_text(path, text)
         print(f"written: {path.relative_to(README.parent)}")
 
 

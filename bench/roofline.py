@@ -8,6 +8,10 @@ Bytes are given twice: with this package's fusions, each tensor moved once per o
 kernel by kernel. Operations of matrix products and attention add up to erdfast.models.flops (which also counts U-ViT's
 first and last Linear for every token). Where bench/results has a measurement of an op at exactly this size, it stands
 beside it.
+
+Machines: a100, h100 and h200 are the figures of their data sheets. h200_measured has the 790 TFLOP/s of bf16 products
+that this project was given as measured; no result committed here shows them, and no copy rate was measured, so its
+memory rate is that of the data sheet. cpu is this machine, by its committed ceilings or measured now.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from typing import Any
 
 from bench.device import Ceilings, device_name, measure_ceilings
 from bench.harness import RESULTS
+from bench.options import at_least
 from erdfast import presets
 from erdfast.models import BackboneConfig, DiTConfig, UViTConfig
 from erdfast.models.dit import TIME_FEATURES
@@ -40,16 +45,18 @@ class Machine:
     """Dense bf16 products."""
     bytes_per_s: float
     """Memory, read and written."""
+    source: str
+    """Where the two come from."""
 
 
 # fmt: off
 MACHINES = {machine.name: machine for machine in (
-    # Data sheets of the 80 GB A100 SXM, the H100 SXM and the H200.
-    Machine(name="a100",          flops_per_s=312e12, bytes_per_s=2.04e12),
-    Machine(name="h100",          flops_per_s=989e12, bytes_per_s=3.35e12),
-    Machine(name="h200",          flops_per_s=989e12, bytes_per_s=4.8e12),
-    # An 8192^3 bf16 product of random numbers and a copy of 4 GB, both through PyTorch.
-    Machine(name="h200_measured", flops_per_s=790e12, bytes_per_s=4.3e12),
+    Machine(name="a100",          flops_per_s=312e12, bytes_per_s=2.04e12, source="data sheet, 80 GB SXM"),
+    Machine(name="h100",          flops_per_s=989e12, bytes_per_s=3.35e12, source="data sheet, SXM"),
+    Machine(name="h200",          flops_per_s=989e12, bytes_per_s=4.8e12,  source="data sheet"),
+    Machine(name="h200_measured", flops_per_s=790e12, bytes_per_s=4.8e12,
+            source="products: measured elsewhere, in this project's specification, by no result committed here; "
+                   "memory: data sheet"),
 )}
 # fmt: on
 
@@ -326,7 +333,7 @@ def this_cpu() -> Machine:
     ceilings = [Ceilings(**result["ceilings"]) for result in found if "ceilings" in result]
     known = next((c for c in ceilings if "bfloat16" in c.matmul_flops_per_s), None) or measure_ceilings("cpu")
     rate = max(known.matmul_flops_per_s.values())
-    return Machine(name="cpu", flops_per_s=rate, bytes_per_s=known.copy_bytes_per_s)
+    return Machine(name="cpu", flops_per_s=rate, bytes_per_s=known.copy_bytes_per_s, source="measured")
 
 
 # ---------------------------------------------------------------------------- output
@@ -337,6 +344,7 @@ def render(config: BackboneConfig, batch: int, machine: Machine, budget: Sequenc
     peak, memory = machine.flops_per_s / 1e12, machine.bytes_per_s / 1e12
     lines = [
         f"{machine.name}: {peak:.3g} TFLOP/s, {memory:.3g} TB/s; batch {batch}, bf16 autocast",
+        f"({machine.source})",
         "",
         f"{'op':15} {'':30} {'count':>5} {'GFLOP':>9} {'MB':>9} {'MB eager':>9} {'floor ms':>9} {'eager':>9} "
         f"{'bound':>8} {'measured':>9}",
@@ -362,10 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="uvit_h2", choices=list(presets.MODELS), metavar="PRESET")
     parser.add_argument("--device", default="h200", choices=[*MACHINES, "cpu"])
-    parser.add_argument("--batch", type=int, default=128, help="images per step")
+    parser.add_argument("--batch", type=at_least(1), default=128, help="images per step")
     options = parser.parse_args(argv)
-    if options.batch < 1:
-        parser.error(f"--batch must be at least 1, not {options.batch}")
     machine = this_cpu() if options.device == "cpu" else MACHINES[options.device]
     folder = RESULTS / device_name() if options.device == "cpu" else results_folder(options.device)
     config = presets.model_config(options.model)

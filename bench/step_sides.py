@@ -1,5 +1,4 @@
-"""Whole training steps to be compared: plain PyTorch, torch.compile of it, this package's trainer, and other
-repositories.
+"""Whole training steps to be compared: plain PyTorch, torch.compile of it, this package's trainer, other repositories.
 
 A side is a function without arguments that makes one optimiser step, from gathering a batch to the averaged weights, on
 random data held in memory. All train the same network with AdamW and one average, in bf16 where the hardware has it.
@@ -49,8 +48,7 @@ class StepOptions:
 
 
 class RandomLatents(Dataset):
-    """Random VAE moments (mean, standard deviation) as ERD's files hold them; plain pixels where there are no
-    latents."""
+    """Random VAE moments (mean, standard deviation) as ERD's files hold them; pixels where there are no latents."""
 
     def __init__(self, config: BackboneConfig, samples: int) -> None:
         channels, height, width = config.input_shape
@@ -91,9 +89,10 @@ def build(side: str, options: StepOptions, device: torch.device) -> Step:
 
 
 class EagerStep:
-    """The step as a good PyTorch programmer writes it without this package's kernels; `compiled` puts network, noise
-    and
-    loss into one torch.compile and takes PyTorch's fused AdamW."""
+    """The step as a good PyTorch programmer writes it without this package's kernels.
+
+    `compiled` puts network, noise and loss into one torch.compile and takes PyTorch's fused AdamW.
+    """
 
     def __init__(self, options: StepOptions, device: torch.device, *, compiled: bool) -> None:
         config = presets.model_config(options.model)

@@ -90,9 +90,8 @@ def interleave(
     """Time every side once per round, beginning with another side each time.
 
     Args:
-        sides: each is called with a number that grows from call to call over all sides, to choose its inputs by: what
-        one
-            side has just read is not what the next one reads.
+        sides: each is called with a number that grows from call to call over all sides, to choose its inputs by:
+            what one side has just read is not what the next one reads.
         rounds: timed calls of each side.
         warmup: calls before them, which also compile.
         device: "cuda" or "cpu"; by default cuda where there is a GPU.

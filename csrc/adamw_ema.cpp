@@ -120,8 +120,7 @@ void adamw_ema(const AdamwEma& op) {
   std::vector<Update> updates;
   for (int64_t t = 0; t < op.tensors; ++t) updates.emplace_back(op, t, factor);
   std::vector<Lerp> averages;
-  const int64_t groups = 1 + (op.tensors ? *std::max_element(op.group, op.group + op.tensors) : 0);
-  for (int64_t k = 0; k < op.emas; ++k) averages.emplace_back(op.settings[5 * groups + k]);
+  for (int64_t k = 0; k < op.emas; ++k) averages.emplace_back(op.settings[5 * op.groups + k]);
 
   const auto run = [&](int64_t, const Task& task) {
     alignas(64) float buffer[PIECE];

@@ -101,8 +101,8 @@ PYBIND11_MODULE(_C, m) {
 
   // `table` is (7 + emas [+ 1], tensors) int64: numel, group, first block, param, exp_avg, exp_avg_sq, step, averages, copy.
   m.def("adamw_ema", [](uintptr_t table, int64_t tensors, int64_t emas, bool copies, int copy_dtype, uintptr_t grads,
-                        int grad_dtype, uintptr_t settings, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t norm,
-                        double max_norm, int threads, const std::string& isa) {
+                        int grad_dtype, uintptr_t settings, int64_t groups, uintptr_t grad_scale, uintptr_t found_inf,
+                        uintptr_t norm, double max_norm, int threads, const std::string& isa) {
     const auto row = [&](int64_t i) { return table + i * tensors * sizeof(int64_t); };
     AdamwEma op;
     op.tensors = tensors;
@@ -119,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
     op.grad = pointer<const void* const>(grads);
     op.grad_dtype = static_cast<Dtype>(grad_dtype);
     op.settings = pointer<const double>(settings);
+    op.groups = groups;
     op.grad_scale = pointer<const float>(grad_scale);
     op.found_inf = pointer<const float>(found_inf);
     op.norm = pointer<const float>(norm);

@@ -46,7 +46,7 @@ struct DiffusionLoss {
 // One optimiser step over a list of tensors. Arrays of addresses have an entry per tensor, those of the averages one per
 // average and tensor.
 struct AdamwEma {
-  int64_t tensors = 0, emas = 0;
+  int64_t tensors = 0, emas = 0, groups = 0;
   const int64_t *numel = nullptr, *group = nullptr;  // (tensors,)
   float *const *param = nullptr, *const *exp_avg = nullptr, *const *exp_avg_sq = nullptr, *const *step = nullptr;
   float* const* ema = nullptr;      // (emas, tensors)

@@ -240,9 +240,9 @@ def norm_kernel(norm_ptr, partials_ptr, programs, BLOCK: tl.constexpr):
 
 def block_owners(numels: Sequence[int]) -> tuple[list[int], Tensor]:
     """(the first block of each tensor, the tensor of each block as int32 on the CPU); a function of the sizes."""
-    counts = torch.tensor([triton.cdiv(numel, BLOCK) for numel in numels], dtype=torch.int64)
+    counts = torch.tensor([triton.cdiv(numel, BLOCK) for numel in numels], dtype=torch.int64, device="cpu")
     first = (counts.cumsum(0) - counts).tolist()
-    return first, torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts)
+    return first, torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32, device="cpu"), counts)
 
 
 def adamw_ema(

@@ -5,8 +5,9 @@
     p = (1 - lr weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     ema = lerp(ema, p, 1 - decay)                    copy = p, rounded
 
-36 bytes per parameter, where foreach AdamW moves 80 and an average of its own 12. `AdamWEma` (optimizer.py) is the
-optimiser; `adamw_ema` and `grad_norm` are for trainers that keep their state themselves.
+36 bytes per parameter, where torch's AdamW moves 80 (foreach) or 28 (fused) and an average of its own 12 more.
+`AdamWEma` (optimizer.py) is the optimiser; `adamw_ema` and `grad_norm` are for trainers that keep their state
+themselves.
 
 A step that `found_inf` forbids leaves parameters, moments and step counters as they are, as in torch; the averages move
 on towards the unchanged parameters, as they do in a trainer that averages after `scaler.step(optimizer)`.
@@ -15,6 +16,7 @@ on towards the unchanged parameters, as they do in a trainer that averages after
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,7 +25,16 @@ from torch import Tensor
 
 from .backend import in_plain_eager, resolve_backend
 from .fused import FusedOp
-from .tensor_table import StepTensors, TensorTable, checked_grads, is_dense
+from .tensor_table import (
+    StepOptions,
+    StepTensors,
+    TensorTable,
+    check_lengths,
+    checked_grads,
+    checked_scalar,
+    companions,
+    is_dense,
+)
 
 Averages = Sequence[tuple[Iterable[Tensor], float]]
 """(tensors, decay) of each average: the tensors in the order of the parameters, float32."""
@@ -40,13 +51,17 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
         backend: "reference", "cpu" or "triton"; by default the fastest of the device.
 
     Returns:
-        0-d float32 (float64 of float64). NaN and infinities show. Not differentiable.
+        0-d float32 (float64 of float64); 0 on the CPU of no tensors. NaN and infinities show. Not differentiable.
 
     Raises:
         ValueError: dtypes, devices or layouts do not fit, or the back end cannot run.
     """
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
+    for t, grad in enumerate(grads):
+        if not isinstance(grad, Tensor) or grad.layout is not torch.strided:
+            kind = grad.layout if isinstance(grad, Tensor) else type(grad).__name__
+            raise ValueError(f"gradient {t} is {kind}; it must be a dense tensor (leave out what has no gradient)")
     first = grads[0]
     backend = resolve_backend(backend, first.device, first.dtype, op="adamw_ema")
     for t, grad in enumerate(grads):
@@ -90,22 +105,32 @@ def adamw_ema(
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         emas: any number of averages, each of all parameters.
         copies: bfloat16 or float16 tensors like the parameters that receive the new ones; none or all.
-        grad_scale: 0-d float32 on the device that gradients are divided by first.
-        found_inf: 0-d float32 on the device: unless 0, only averages and copies are written.
-        norm: 0-d float32 on the device, the norm of the gradients after that division; needed to clip.
+        grad_scale: 0-d on the device, of any floating dtype like the next two: gradients are divided by it first.
+        found_inf: 0-d on the device: unless 0, only averages and copies are written.
+        norm: 0-d on the device, the norm of the gradients after that division; needed to clip.
         max_norm: gradients of a larger norm are scaled down to it.
         backend: "reference", "cpu" or "triton"; by default the fastest of the device.
 
     Raises:
-        ValueError: lists, dtypes, devices or layouts do not fit, or the back end cannot run; the message says which.
+        ValueError: numbers are out of range, lists, dtypes, devices or layouts do not fit, or the back end cannot
+            run; the message says which.
     """
+    emas = [(list(tensors), decay) for tensors, decay in emas]
+    averages = [tensors for tensors, _ in emas]
+    check_numbers(lr, betas, eps, weight_decay)
+    check_decays([decay for _, decay in emas])
+    check_max_norm(max_norm)
+    if norm is None and max_norm < math.inf:
+        raise ValueError(f"max_norm is {max_norm} and norm is None: clipping needs the gradients' norm (`grad_norm`)")
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    check_lengths(len(params), lists | companions(averages, copies))
     if not params:
         return
+    check_real(params)
+    grad_scale = checked_scalar("grad_scale", grad_scale, params[0])
+    found_inf = checked_scalar("found_inf", found_inf, params[0])
+    norm = checked_scalar("norm", norm, params[0])
     backend = resolve_backend(backend, params[0].device, params[0].dtype, op="adamw_ema")
-    averages = [list(tensors) for tensors, _ in emas]
-    for k, tensors in enumerate(averages):
-        if len(tensors) != len(params):
-            raise ValueError(f"{len(params)} parameters, but average {k} has {len(tensors)} tensors: one for each")
     op = _compute_step if in_plain_eager(params[0]) else _adamw_ema
     with torch.no_grad():
         op(
@@ -126,6 +151,48 @@ def adamw_ema(
         )
 
 
+def check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Raise ValueError unless AdamW can go by these; a rate that lives on an accelerator is not read."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; it must be one number")
+        fits = lr.device.type != "cpu" or float(lr) >= 0.0
+    else:
+        fits = _is_number(lr) and lr >= 0.0
+    if not fits:
+        raise ValueError(f"lr is {lr!r}; it must be at least 0")
+    pair = betas if isinstance(betas, Sequence) else ()
+    if len(pair) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in pair):
+        raise ValueError(f"betas are {betas!r}; they must be two numbers in [0, 1)")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        if not _is_number(value) or not value >= 0.0:
+            raise ValueError(f"{name} is {value!r}; it must be at least 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def check_decays(decays: Sequence[Any]) -> None:
+    """Raise ValueError unless averages can go by these."""
+    for k, decay in enumerate(decays):
+        if not _is_number(decay) or not 0.0 <= decay <= 1.0:
+            raise ValueError(f"the decay of average {k} is {decay!r}; it must be in [0, 1]")
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Raise ValueError unless a norm can be clipped to it."""
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}; it must be above 0")
+
+
+def check_real(params: Iterable[Tensor]) -> None:
+    """Raise ValueError if a parameter is complex, which AdamW would have to take for two real ones."""
+    for t, param in enumerate(params):
+        if param.is_complex():
+            raise ValueError(f"parameter {t} is {param.dtype}; complex parameters are not supported")
+
+
 # ---------------------------------------------------------------------- reference
 
 
@@ -134,16 +201,8 @@ def reference_norm(grads: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=compute) for grad in grads]))
 
 
-def _reference(
-    tensors: StepTensors,
-    groups: Sequence[Sequence[float]],
-    ema_weights: Sequence[float],
-    lrs: Sequence[Tensor | None],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    norm: Tensor | None,
-    max_norm: float,
-) -> None:
+def _reference(tensors: StepTensors, options: StepOptions) -> None:
+    groups, ema_weights, lrs, grad_scale, found_inf, norm, max_norm = options
     forbidden = found_inf is not None and bool(found_inf)  # waits for the device, as the compiled back ends do not
     for t, (p, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
         m, v, step = tensors.exp_avgs[t], tensors.exp_avg_sqs[t], tensors.steps[t]
@@ -211,8 +270,8 @@ def _compute_step(
     tensors = StepTensors(
         params, checked_grads(grads, params), exp_avgs, exp_avg_sqs, steps, [0] * count, averages, copies
     )
-    options = ([group], ema_weights, [None], grad_scale, found_inf, norm, max_norm)
-    run_step(TensorTable(), backend, tensors, *options)
+    options = StepOptions([group], ema_weights, [None], grad_scale, found_inf, norm, max_norm)
+    run_step(TensorTable(), backend, tensors, options)
 
 
 _adamw_ema: Callable[..., None] = torch.library.custom_op(
@@ -223,9 +282,9 @@ _adamw_ema: Callable[..., None] = torch.library.custom_op(
 _adamw_ema.register_fake(lambda *_: None)  # pyright: ignore[reportFunctionMemberAccess]  # a CustomOpDef
 
 
-def run_step(table: TensorTable, backend: str, tensors: StepTensors, *options: Any) -> None:
-    """A step by any back end; the options are those of `TensorTable.step`."""
+def run_step(table: TensorTable, backend: str, tensors: StepTensors, options: StepOptions) -> None:
+    """A step by any back end."""
     if backend == "reference":
-        _reference(tensors, *options)
+        _reference(tensors, options)
     else:
-        table.step(backend, tensors, *options)
+        table.step(backend, tensors, options)

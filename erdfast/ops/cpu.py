@@ -134,7 +134,7 @@ def adamw_ema(
     _extension().adamw_ema(
         *(table.data_ptr(), table.shape[1], emas),
         *(copy_dtype is not None, _DTYPE_CODES[copy_dtype or torch.bfloat16]),
-        *(grads.data_ptr(), _DTYPE_CODES[grad_dtype], settings.data_ptr()),
+        *(grads.data_ptr(), _DTYPE_CODES[grad_dtype], settings.data_ptr(), groups),
         *(0 if scalar is None else scalar.data_ptr() for scalar in (grad_scale, found_inf, norm)),
         *(max_norm, torch.get_num_threads(), cpu_isa()),
     )
@@ -142,7 +142,7 @@ def adamw_ema(
 
 def grad_norm(table: Tensor, owner: None, grads: Tensor, grad_dtype: torch.dtype) -> Tensor:
     """The norm of all gradients together, 0-d float32; the first row of the table holds their sizes."""
-    norm = torch.empty((), dtype=torch.float32)
+    norm = torch.empty((), dtype=torch.float32, device="cpu")
     _extension().grad_norm(
         *(norm.data_ptr(), table.data_ptr(), grads.data_ptr(), table.shape[1]),
         *(_DTYPE_CODES[grad_dtype], torch.get_num_threads(), cpu_isa()),

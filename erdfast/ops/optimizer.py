@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw_ema import Averages, reference_norm, run_step
-from .backend import resolve_backend
-from .tensor_table import StepTensors, TensorTable, checked_grads
+from .adamw_ema import Averages, check_decays, check_max_norm, check_numbers, check_real, reference_norm, run_step
+from .backend import BACKENDS, KERNEL_DTYPES, resolve_backend
+from .tensor_table import (
+    StepOptions,
+    StepTensors,
+    TensorTable,
+    check_lengths,
+    checked_grads,
+    checked_scalar,
+    companions,
+    same_layout,
+)
 
 
 class AdamWEma(torch.optim.Optimizer):
@@ -23,14 +32,15 @@ class AdamWEma(torch.optim.Optimizer):
 
     Args:
         params: float32 (other dtypes with backend="reference") on one device, dense.
-        lr: a float, or a 0-d tensor; on a GPU a tensor there, which a CUDA graph then reads anew.
+        lr: a float, or a tensor of one number; on a GPU a tensor there, which a CUDA graph then reads anew.
         betas, eps, weight_decay: as in torch.optim.AdamW; param groups may have their own.
         emas: (tensors, decay) of any number of averages, the tensors in the order of the parameters.
         copies: bfloat16 or float16 tensors in the order of the parameters that receive every new value.
         backend: "reference", "cpu" or "triton"; by default the fastest of the device.
 
     Raises:
-        ValueError: a number out of range, or amsgrad or maximize, which do not exist here.
+        ValueError: a number out of range, lists that do not fit, an unknown back end, complex parameters, or amsgrad
+            or maximize, which do not exist here.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf and calls step
@@ -54,21 +64,30 @@ class AdamWEma(torch.optim.Optimizer):
         defaults |= {"maximize": maximize, "foreach": None, "capturable": False, "differentiable": False}
         defaults |= {"fused": True, "decoupled_weight_decay": True}
         _check_group(defaults)
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
         super().__init__(params, defaults)
         self.emas = [(list(tensors), decay) for tensors, decay in emas]
         self.copies = list(copies)
         self.backend = backend
+        check_decays([decay for _, decay in self.emas])
+        self._check_lengths()
+        for t, tensor in enumerate(self.copies):
+            if tensor.dtype not in KERNEL_DTYPES[1:]:
+                raise ValueError(f"copies[{t}] is {tensor.dtype}; choose from torch.bfloat16, torch.float16")
         self.grad_norm: Tensor | None = None
         """The gradients' norm before clipping at the last step that was given `max_norm`: 0-d, on the device."""
         self._table = TensorTable()
-        count = sum(len(group["params"]) for group in self.param_groups)
-        for k, (tensors, decay) in enumerate(self.emas):
-            if not 0.0 <= decay <= 1.0:
-                raise ValueError(f"the decay of average {k} is {decay}; it must be in [0, 1]")
-            if len(tensors) != count:
-                raise ValueError(f"{count} parameters, but average {k} has {len(tensors)} tensors: one for each")
-        if len(self.copies) not in (0, count):
-            raise ValueError(f"{count} parameters, but {len(self.copies)} copies: none, or one for each")
+        self._strides: list[tuple[int, ...]] | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch. Averages and copies of new parameters go to the ends of their lists."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"emas": self.emas, "copies": self.copies, "backend": self.backend, "grad_norm": None}
@@ -78,7 +97,11 @@ class AdamWEma(torch.optim.Optimizer):
         """Also called by load_state_dict: AdamW without `fused` keeps its step counters on the CPU."""
         super().__setstate__(state)
         self._table = TensorTable()
+        self._strides = None
         for group in self.param_groups:
+            for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+                group.setdefault(name, False)
+            group.setdefault("foreach", None)
             group["fused"] = group["decoupled_weight_decay"] = True
             _check_group(group)
             for param in group["params"]:
@@ -103,15 +126,19 @@ class AdamWEma(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm is {max_norm}; it must be above 0")
+        if max_norm is not None:
+            check_max_norm(max_norm)
         params = [param for group in self.param_groups for param in group["params"]]
         if not params:
             return result
         tensors = self._tensors(params)
         first = tensors.params[0]
         backend = resolve_backend(self.backend, first.device, first.dtype, op="adamw_ema")
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale = checked_scalar("grad_scale", getattr(self, "grad_scale", None), first)
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # GradScaler adds up those of all devices: the number 0 without gradients
+            found_inf = None
+        found_inf = checked_scalar("found_inf", found_inf, first)
         self.grad_norm = None
         if max_norm is not None:
             self.grad_norm = self._norm(params, tensors, backend)
@@ -119,26 +146,33 @@ class AdamWEma(torch.optim.Optimizer):
                 self.grad_norm = self.grad_norm / grad_scale
         clips = max_norm is not None and max_norm < math.inf
         rates = [_rate(group["lr"]) for group in self.param_groups]
-        run_step(
-            self._table,
-            backend,
-            tensors,
-            [
-                [lr, *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])]
-                for group, (lr, _) in zip(self.param_groups, rates, strict=True)
-            ],
-            [1.0 - decay for _, decay in self.emas],
-            [tensor for _, tensor in rates],
-            grad_scale,
-            found_inf,
-            self.grad_norm if clips else None,
-            max_norm if clips else math.inf,
+        options = StepOptions(
+            groups=[_numbers(group, lr) for group, (lr, _) in zip(self.param_groups, rates, strict=True)],
+            ema_weights=[1.0 - decay for _, decay in self.emas],
+            lrs=[tensor for _, tensor in rates],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            norm=checked_scalar("norm", self.grad_norm, first) if clips else None,
+            max_norm=math.inf if max_norm is None else max_norm,
         )
+        run_step(self._table, backend, tensors, options)
+        if not _PLAIN.issuperset(map(type, params)):  # DTensors, of which the shards alone know so far
+            torch.autograd.graph.increment_version([param for param in params if param.grad is not None])
         return result
+
+    def _check_lengths(self) -> None:
+        count = sum(len(group["params"]) for group in self.param_groups)
+        check_lengths(count, companions([tensors for tensors, _ in self.emas], self.copies))
 
     def _tensors(self, params: Sequence[Tensor]) -> StepTensors:
         """All lists as plain tensors; makes AdamW's state of parameters that have their first gradient."""
+        self._check_lengths()
         shards, states = _locals(params), [self._state(param) for param in params]
+        strides = list(map(Tensor.stride, shards))
+        if strides != self._strides:
+            self._strides, self._table = strides, TensorTable()
+            for param, state in zip(params, states, strict=True):
+                _rearrange(state, param)
         return StepTensors(
             params=shards,
             grads=checked_grads(_local_grads(params), shards),
@@ -183,22 +217,28 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in ("amsgrad", "maximize"):
         if group[name]:
             raise ValueError(f"{name} is not supported by AdamWEma; use torch.optim.AdamW for it")
-    lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; it must be one number")
-    if not isinstance(lr, Tensor) and not lr >= 0.0:
-        raise ValueError(f"lr is {lr}; it must be at least 0")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas are {betas}; they must be two numbers in [0, 1)")
-    if not eps >= 0.0 or not weight_decay >= 0.0:
-        raise ValueError(f"eps is {eps} and weight_decay {weight_decay}; they must be at least 0")
+    check_numbers(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
+    check_real(group.get("params", ()))
+
+
+def _numbers(group: dict[str, Any], lr: float) -> list[float]:
+    beta1, beta2 = group["betas"]
+    return [lr, float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])]
 
 
 def _rate(lr: float | Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (0, tensor) where reading it would make the host wait."""
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return 0.0, lr
+        return 0.0, lr.reshape(())
     return float(lr), None
+
+
+def _rearrange(state: dict[str, Tensor], param: Tensor) -> None:
+    """Moments in the parameter's order in memory, which may have changed since they were made, as to channels last."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = state.get(name)
+        if moment is not None and moment.shape == param.shape and not same_layout(moment, param):
+            state[name] = torch.empty_like(param, dtype=moment.dtype).copy_(moment)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

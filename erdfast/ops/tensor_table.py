@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +37,27 @@ class StepTensors(NamedTuple):
         return next((grad.dtype for grad in self.grads if grad is not None), torch.float32)
 
 
+class StepOptions(NamedTuple):
+    """The numbers of one optimiser step."""
+
+    groups: Sequence[Sequence[float]]
+    """(lr, beta1, beta2, eps, weight_decay) of each group."""
+    ema_weights: Sequence[float]
+    """1 - decay of each average."""
+    lrs: Sequence[Tensor | None]
+    """For each group a 0-d learning rate that lives on the device and counts instead of that in `groups`."""
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    norm: Tensor | None = None
+    """These three are 0-d float32 on the device; None: 1, 0, no clipping."""
+    max_norm: float = math.inf
+
+
 class TensorTable:
     """The addresses of a step's tensors on their device.
 
     Looks at every address in every step, so that nothing goes wrong when somebody replaces a tensor; checks and sends
-    again only what changed, as a rule the gradients.
+    again only what changed, as a rule the gradients. When strides change and addresses stay, a new table is needed.
     """
 
     def __init__(self) -> None:
@@ -48,37 +66,22 @@ class TensorTable:
     def grad_norm(self, grads: Sequence[Tensor | None], sizes: Sequence[int], backend: str) -> Tensor:
         """The norm of all gradients together, 0-d float32; `sizes` of tensors without one count for nothing."""
         some = next(grad for grad in grads if grad is not None)
+        _check_grad_dtype(some.dtype)
         first, owner = _blocks(tuple(sizes), some.device, backend)
         table = self._sizes([list(sizes), [0] * len(sizes), first], torch.int64, some.device)
         addresses = self._grads(_addresses(grads), torch.int64, some.device)
         return launcher(backend, "adamw_ema").grad_norm(table, owner, addresses, some.dtype)
 
-    def step(
-        self,
-        backend: str,
-        tensors: StepTensors,
-        groups: Sequence[Sequence[float]],
-        ema_weights: Sequence[float],
-        lrs: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        norm: Tensor | None,
-        max_norm: float,
-    ) -> None:
-        """Run a compiled back end's step.
-
-        Args:
-            groups: (lr, beta1, beta2, eps, weight_decay) of each group.
-            ema_weights: 1 - decay of each average.
-            lrs: for each group a learning rate that lives on the device and counts instead of that in `groups`.
-        """
+    def step(self, backend: str, tensors: StepTensors, options: StepOptions) -> None:
+        """Run a compiled back end's step."""
         device = tensors.params[0].device
+        _check_grad_dtype(tensors.grad_dtype)
         sizes = [param.numel() for param in tensors.params]
         first, owner = _blocks(tuple(sizes), device, backend)
         table = self._table(_rows(tensors, sizes, first, self._table.values), torch.int64, device)
         grads = self._grads(_addresses(tensors.grads), torch.int64, device)
-        settings = self._settings([*(x for group in groups for x in group), *ema_weights], torch.float64, device)
-        for g, lr in enumerate(lrs):
+        settings = self._settings(_settings(options), torch.float64, device)
+        for g, lr in enumerate(options.lrs):
             if lr is not None:
                 settings[5 * g].copy_(lr)
         launcher(backend, "adamw_ema").adamw_ema(
@@ -89,12 +92,28 @@ class TensorTable:
             tensors.grad_dtype,
             len(tensors.emas),
             tensors.copies[0].dtype if tensors.copies else None,
-            len(groups),
-            grad_scale,
-            found_inf,
-            norm,
-            max_norm,
+            len(options.groups),
+            options.grad_scale,
+            options.found_inf,
+            options.norm,
+            options.max_norm,
         )
+        torch.autograd.graph.increment_version(_written(tensors))
+
+
+def _settings(options: StepOptions) -> list[float]:
+    """Infinity holds the place of a rate on the device, so that no number can pass for what was sent last."""
+    rows = zip(options.groups, options.lrs, strict=True)
+    numbers = [x for group, lr in rows for x in (group[0] if lr is None else math.inf, *group[1:])]
+    return [*numbers, *options.ema_weights]
+
+
+def _written(tensors: StepTensors) -> Iterator[Any]:
+    """What a step changes, for autograd to know."""
+    updated = [tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps]
+    if any(grad is None for grad in tensors.grads):
+        updated = [itertools.compress(some, [grad is not None for grad in tensors.grads]) for some in updated]
+    return itertools.chain(*updated, *tensors.emas, tensors.copies)
 
 
 def _rows(tensors: StepTensors, sizes: list[int], first: list[int], known: list | None) -> list[list[int]]:
@@ -122,7 +141,7 @@ class _Sent:
 
     def __init__(self) -> None:
         self.values: list | None = None
-        self._tensor = torch.empty(0)
+        self._tensor = torch.empty(0, device="cpu")
 
     def __call__(self, values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
         if values != self.values or self._tensor.device != device:
@@ -132,7 +151,7 @@ class _Sent:
 
 def _send(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A new tensor each time: kernels that are still to run keep the old one."""
-    host = torch.as_tensor(values, dtype=dtype)
+    host = torch.as_tensor(values, dtype=dtype, device="cpu")
     if device.type != "cuda":
         return host
     if torch.cuda.is_current_stream_capturing():
@@ -148,16 +167,47 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() or 16 for tensor in tensors]
 
 
+def check_lengths(count: int, lists: Mapping[str, Sequence[Any]]) -> None:
+    """Raise ValueError unless every list has an entry for each of `count` parameters."""
+    for name, tensors in lists.items():
+        if len(tensors) != count:
+            raise ValueError(f"{name} has {len(tensors)} tensors, there are {count} parameters")
+
+
+def companions(emas: Sequence[Sequence[Tensor]], copies: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """Averages and copies by the names that messages call them."""
+    averages = {f"average {k}": tensors for k, tensors in enumerate(emas)}
+    return {**averages, "copies": copies} if copies else averages
+
+
+def checked_scalar(name: str, value: Any, like: Tensor) -> Tensor | None:
+    """`value` as back ends read it: 0-d on the device of `like`, float32 unless that is float64; no waiting.
+
+    Raises:
+        ValueError: it is something else than one floating-point number in a tensor on that device.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {value!r}; it must be a tensor with one number on {like.device}")
+    if value.numel() != 1 or not value.is_floating_point() or value.device != like.device:
+        raise ValueError(
+            f"{name} is {value.dtype} of shape {tuple(value.shape)} on {value.device}; "
+            f"it must be one floating-point number on {like.device}"
+        )
+    return value.detach().reshape(()).to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _check_grad_dtype(dtype: torch.dtype) -> None:
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"the gradients are {dtype}; choose from {', '.join(map(str, KERNEL_DTYPES))}")
+
+
 def check_tensors(tensors: StepTensors) -> None:
-    """Raise ValueError unless kernels can walk through all lists together, gradients apart."""
+    """Raise ValueError unless kernels can walk through all lists together; `checked_grads` has seen the gradients."""
     first = tensors.params[0]
-    lists = {"exp_avgs": tensors.exp_avgs, "exp_avg_sqs": tensors.exp_avg_sqs, "grads": tensors.grads}
-    lists |= {f"average {k}": averages for k, averages in enumerate(tensors.emas)}
-    if tensors.copies:
-        lists["copies"] = tensors.copies
-    for name, others in {**lists, "steps": tensors.steps}.items():
-        if len(others) != len(tensors.params):
-            raise ValueError(f"{len(tensors.params)} parameters, but {len(others)} {name}: there must be one for each")
+    lists = {"exp_avgs": tensors.exp_avgs, "exp_avg_sqs": tensors.exp_avg_sqs}
+    lists |= companions(tensors.emas, tensors.copies)
     for t, param in enumerate(tensors.params):
         if param.dtype != torch.float32 or param.device != first.device:
             raise ValueError(
@@ -181,18 +231,21 @@ def check_tensors(tensors: StepTensors) -> None:
 
 
 def _check_companion(name: str, t: int, other: Tensor, param: Tensor) -> None:
-    dtypes = {"copies": KERNEL_DTYPES[1:], "grads": KERNEL_DTYPES}.get(name, (torch.float32,))
+    dtypes = KERNEL_DTYPES[1:] if name == "copies" else (torch.float32,)
     if other.dtype not in dtypes:
         raise ValueError(f"{name}[{t}] is {other.dtype}; choose from {', '.join(map(str, dtypes))}")
     if other.shape != param.shape or other.device != param.device:
-        raise ValueError(
-            f"{name}[{t}] is {tuple(other.shape)} on {other.device}, "
-            f"its parameter {tuple(param.shape)} on {param.device}"
-        )
+        raise _misfit(f"{name}[{t}]", other, param)
     if not same_layout(other, param):
         raise ValueError(
             f"{name}[{t}] has strides {other.stride()}, its parameter {param.stride()}: they must be equal"
         )
+
+
+def _misfit(name: str, other: Tensor, param: Tensor) -> ValueError:
+    return ValueError(
+        f"{name} is {tuple(other.shape)} on {other.device}, its parameter {tuple(param.shape)} on {param.device}"
+    )
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -223,10 +276,7 @@ def checked_grads(grads: Sequence[Any], params: Sequence[Tensor]) -> list[Tensor
         if grad.dtype is not dtype:
             raise ValueError(f"gradients must have one dtype: that of parameter {t} is {grad.dtype}, not {dtype}")
         if grad.shape != param.shape or grad.device != param.device:
-            raise ValueError(
-                f"the gradient of parameter {t} is {tuple(grad.shape)} on {grad.device}, "
-                f"the parameter {tuple(param.shape)} on {param.device}"
-            )
+            raise _misfit(f"the gradient of parameter {t}", grad, param)
         if grad.stride() != param.stride() and not same_layout(grad, param):
             checked[t] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     return checked

@@ -56,7 +56,7 @@ class Trainer:
         # Learnable targets are trained, averaged and saved with the network.
         self.trained = nn.ModuleDict({"model": self.model, "process": self.process})
         self.parameters = {n: p for n, p in self.trained.named_parameters() if p.requires_grad}
-        self.ema = Ema(self.trained, config.optimizer.ema_decay)
+        self.ema = Ema(self.trained)
         self.optimizer = build_optimizer(self.parameters, config.optimizer, self.ema.averages)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.name == "fp16")
         self.step = 0

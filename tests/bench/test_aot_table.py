@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
+from bench import aot
 from bench.aot import SHARED_MEMORY_LIMIT, TABLE, programs_per_sm
 from bench.variants import op_names, variants_of
 
@@ -39,3 +41,22 @@ def test_nothing_in_it_spills_and_everything_fits() -> None:
 )
 def test_programs_that_an_sm_holds(cc: int, registers: int, shared: int, warps: int, wanted: int) -> None:
     assert programs_per_sm(cc, registers, shared, warps) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--kernel", "nosuch"], "no kernel is called nosuch; choose from adamw_ema, add_noise"),
+        (["--jobs", "0"], "--jobs: must be at least 1, not 0"),
+        (["--jobs", "many"], "--jobs: must be a whole number, not 'many'"),
+        (["--save", "--cc", "90"], "leave --kernel and --cc out"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_with_the_rule(
+    arguments: list[str], wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        aot.main()
+    assert stop.value.code == 2
+    assert wanted in capsys.readouterr().err

@@ -140,23 +140,52 @@ def test_memory_kept_for_backward_counts_neither_inputs_nor_outputs_nor_paramete
 
 
 def test_rows_compare_each_side_with_the_fused_side_of_its_own_run() -> None:
-    def run(**milliseconds: float) -> dict[str, Any]:
-        timings = {s: Timing(p20_ms=m, p50_ms=m, p80_ms=m, rounds=3) for s, m in milliseconds.items()}
+    def timing(m: float) -> Timing:
+        return Timing(p20_ms=m, p50_ms=m, p80_ms=m, rounds=3)
+
+    def run(alone: dict[str, Timing], **milliseconds: float) -> dict[str, Any]:
+        timings = {side: timing(m) for side, m in milliseconds.items()}
         return {
             "timings": {"forward": timings},
             "peak_bytes": {"forward": {"eager": 7, "fused": None}},
             "kept_bytes": {},
             "failed": {},
+            "alone": alone,
         }
 
     case = square_case(passes=("forward",), bytes={"forward": 10**6}, flops={"forward": 3 * 10**9})
-    (row,) = make_rows(case, [run(eager=8.0, fused=4.0), run(compile=9.0, fused=3.0)], CEILINGS)
+    first, second = run({"forward": timing(3.5)}, eager=8.0, fused=4.0), run({}, compile=9.0, fused=3.0)
+    (row,) = make_rows(case, [first, second], CEILINGS)
+    assert row["timings"][0]["alone"]["p50_ms"] == 3.5
+    assert "alone" not in row["timings"][1]
     assert {side: r["median"] for side, r in row["over"].items()} == {"eager": 2.0, "compile": 3.0}
     assert row["share"] == pytest.approx(3 / 4)  # 3 ms of operations, 1 ms of bytes
     assert (row["bytes_per_s"], row["flops_per_s"]) == (pytest.approx(2.5e8), pytest.approx(7.5e11))
     assert row["peak_bytes"] == {"eager": 7}
     assert row["fields"] == {"shape": [4, 3], "dtype": "float32"}
+    assert "backend" not in row
     json.dumps(row)
+    assert make_rows(case, [first, second], None)[0]["share"] is None
+    half = square_case(passes=("forward",), bytes={"forward": 10**6}, fields={"dtype": "float16"})
+    assert make_rows(half, [first], CEILINGS)[0]["share"] == pytest.approx(1 / 4)  # bytes have no dtype
+    half = square_case(passes=("forward",), bytes={"forward": 1}, flops={"forward": 1}, fields={"dtype": "float16"})
+    assert make_rows(half, [first], CEILINGS)[0]["share"] is None  # there is no rate of float16 products
+
+
+def test_the_fused_side_is_also_timed_alone_and_elements_become_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    case = square_case(fields={"dtype": "float32", "elements": 12}, backend="reference")
+    result = measure(case, "cpu", 2, compiled=False)
+    assert set(result["alone"]) == {"forward", "backward", "both"}
+    assert set(result["timings"]["both"]) == {"eager", "fused", "other"}
+    assert measure(case, "cpu", 2, compiled=True)["alone"] == {}
+    row = make_rows(case, [result], CEILINGS)[0]
+    assert set(row["over"]) == {"eager", "other"}
+    row["timings"][0]["fused"]["p50_ms"], row["timings"][0]["alone"]["p50_ms"] = 1e-6, 5e-7
+    harness.print_row(row)
+    text = capsys.readouterr().out
+    assert "alone     0.000 ms" in text
+    assert "12,000 (alone 24,000) million elements/s" in text
+    assert "by reference (no compiled code on this device)" in text
 
 
 def test_optional_sides_that_fail_are_named_and_left_out_and_the_fused_one_must_not() -> None:
@@ -182,7 +211,7 @@ def test_a_run_writes_what_it_has_and_says_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(harness, "default_device", lambda: "cpu")
-    monkeypatch.setattr(harness, "measure_ceilings", lambda device, quick: CEILINGS)
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: CEILINGS)
     arguments = ["--rounds", "2", "--results", str(tmp_path)]
     with pytest.raises(SystemExit, match="broken: eager: AttributeError"):
         run_cases("square", cases, "doc", arguments)
@@ -197,6 +226,71 @@ def test_a_run_writes_what_it_has_and_says_what_failed(
     assert "x other" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no case of square has 'cubic'"):
         run_cases("square", cases, "doc", [*arguments, "--only", "cubic"])
+
+
+def good_cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    yield square_case()
+
+
+def test_a_full_run_is_replaced_by_another_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "default_device", lambda: "cpu")
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(harness, "DEFAULT_ROUNDS", 2)
+    arguments = ["--results", str(tmp_path), "--rounds"]
+    run_cases("square", good_cases, "doc", [*arguments, "1"])  # nothing is there yet
+    (path,) = tmp_path.glob("*/square.json")
+    assert json.loads(path.read_text())["missing"] == ["1 of 2 rounds"]
+    run_cases("square", good_cases, "doc", [*arguments, "2"])
+    full = path.read_text()
+    assert json.loads(full)["complete"]
+    for lacking, words in (
+        (["1"], "1 of 2 rounds"),
+        (["2", "--no-compile"], "torch.compile"),
+        (["2", "--dtypes", "float32"], "bfloat16"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_cases("square", good_cases, "doc", [*arguments, *lacking])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert f"would lack {words}: say --no-save, --results FOLDER or --overwrite" in message
+    with pytest.raises(SystemExit, match="broken: eager"):
+        run_cases("square", cases, "doc", [*arguments, "2"])  # a case fails: the rest is kept beside it
+    assert path.read_text() == full
+    partial = path.with_name("square.partial.json")
+    assert not json.loads(partial.read_text())["complete"]
+    run_cases("square", good_cases, "doc", [*arguments, "2"])
+    assert not partial.exists()
+    run_cases("square", good_cases, "doc", [*arguments, "1", "--overwrite"])
+    assert not json.loads(path.read_text())["complete"]
+
+
+def test_a_quick_run_says_nothing_of_ceilings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: pytest.fail("not in a quick run"))
+    (row, *_) = run_cases("square", good_cases, "doc", ["--quick", "--no-compile"])
+    assert row["share"] is None
+    text = capsys.readouterr().out
+    assert "does it run?" in text
+    assert "%" not in text
+    assert "FLOP/s" not in text
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "some"])
+def test_rounds_are_counted_from_one(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_cases("square", good_cases, "doc", ["--rounds", value])
+    assert stop.value.code == 2
+    assert "--rounds: must be " in capsys.readouterr().err
+
+
+def test_ceilings_that_were_not_measured_are_said() -> None:
+    assert harness._describe(CEILINGS, ["float32", "float16"]).endswith(
+        "float32 1; not measured for float16: no share of the ceiling where those products matter"
+    )
+    assert "not measured" not in harness._describe(CEILINGS, ["float32"])
 
 
 def test_the_commit_can_be_given_where_there_is_no_history(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,13 +49,15 @@ def test_every_norm_of_a_network_is_there() -> None:
 
 
 def test_floor_is_the_longer_of_compute_and_memory() -> None:
-    machine = roofline.Machine(name="m", flops_per_s=1e12, bytes_per_s=1e9)
+    machine = roofline.Machine(name="m", flops_per_s=1e12, bytes_per_s=1e9, source="a test")
     work = roofline.linear("fc", 1, 1000, 100, 100)
     assert (work.flops, work.fused_bytes) == (6 * 10**7, 3 * 2 * 210_000)
     assert work.floor_ms(machine) == pytest.approx(1.26)
     assert work.bound(machine) == "memory"
     assert MACHINES["a100"].flops_per_s == 312e12
     assert MACHINES["h100"].bytes_per_s == 3.35e12
+    assert MACHINES["h200_measured"].bytes_per_s == MACHINES["h200"].bytes_per_s  # nobody has measured copies
+    assert "memory: data sheet" in MACHINES["h200_measured"].source
 
 
 def test_measurements_of_the_same_size_stand_beside(tmp_path: Path) -> None:
@@ -89,7 +91,9 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     roofline.main(["--model", "dit_xl2", "--device", "a100", "--batch", "32"])
     text = capsys.readouterr().out
     assert "dit_xl2 on a100: 312 TFLOP/s, 2.04 TB/s; batch 32" in text
+    assert "(data sheet, 80 GB SXM)" in text
     assert "gated residual, modulated norm" in text
     assert "711.7 per image" in text
     with pytest.raises(SystemExit):
         roofline.main(["--batch", "0"])
+    assert "--batch: must be at least 1, not 0" in capsys.readouterr().err

@@ -79,12 +79,22 @@ def test_a_whole_comparison_writes_its_rows(tmp_path: Path, capsys: pytest.Captu
     result = json.loads(path.read_text())
     eager, ours, erd = result["rows"]
     assert (eager["side"], ours["side"], erd["side"]) == ("eager", "ours", "erd")
+    assert not result["complete"]
+    assert result["missing"] == ["side compile", "side ours_compile", "3 of 5 blocks", "8 of 10 steps"]
     assert eager["timing"]["rounds"] == ours["timing"]["rounds"] == 4
     assert ours["ours_over"] is None
     assert eager["ours_over"]["median"] == pytest.approx(eager["timing"]["p50_ms"] / ours["timing"]["p50_ms"])
     assert "has no models/dit.py" in erd["failed"]
     assert f"{ours['images_per_s']:,.0f}" in report.render_result(result)
     assert "erd           not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--batch", "--blocks", "--steps"])
+def test_counts_begin_at_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_train_step.main([option, "0"])
+    assert stop.value.code == 2
+    assert f"{option}: must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_mfu_is_model_operations_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:

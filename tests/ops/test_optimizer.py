@@ -310,9 +310,9 @@ REFUSED = {
     "lr is -1; it must be at least 0": {"lr": -1},
     r"betas are \(0.9, 1.0\)": {"betas": (0.9, 1.0)},
     "eps is -1e-08": {"eps": -1e-8},
-    "4 parameters, but average 0 has 1 tensors": {"emas": [([torch.zeros(3)], 0.5)]},
+    "average 0 has 1 tensors, there are 4 parameters": {"emas": [([torch.zeros(3)], 0.5)]},
     "the decay of average 0 is 1.5": {"emas": [([torch.zeros(3)], 1.5)]},
-    "4 parameters, but 1 copies": {"copies": [torch.zeros(3)]},
+    "copies has 1 tensors, there are 4 parameters": {"copies": [torch.zeros(3)]},
 }
 
 
@@ -331,7 +331,7 @@ def test_states_that_cannot_be_are_refused() -> None:
         AdamWEma(params).load_state_dict(theirs.state_dict())
     optimizer = AdamWEma(params, emas=[(averages_of(params), 0.5)])
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    with pytest.raises(ValueError, match="5 parameters, but 4 average 0"):
+    with pytest.raises(ValueError, match="average 0 has 4 tensors, there are 5 parameters"):
         optimizer.step()
 
 
@@ -401,7 +401,9 @@ def sharded(rank: int, store: str) -> None:
         grads = [torch.randn_like(value) for value in whole]
         for param, grad, place in zip(params, grads, placements, strict=True):
             param.grad = distribute_tensor(grad, mesh, place)
+        versions = [param._version for param in params]
         optimizer.step(max_norm=1.0)
+        assert all(param._version > version for param, version in zip(params, versions, strict=True))
         norm = expected.step(grads, lr=1e-2, max_norm=1.0)
         assert optimizer.grad_norm is not None
         torch.testing.assert_close(float(optimizer.grad_norm), norm, rtol=1e-5, atol=0)

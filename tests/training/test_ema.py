@@ -16,7 +16,7 @@ def small() -> nn.Sequential:
 
 def averaging(module: nn.Module, decay: float):
     """(averages, optimiser that moves them)."""
-    ema = Ema(module, decay)
+    ema = Ema(module)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return ema, build_optimizer(trained, OptimizerConfig(lr=0.1, ema_decay=decay), ema.averages)
 
