@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -133,7 +133,7 @@ def resolve_backend(
     dtype: torch.dtype,
     *,
     op: str = "diffusion_loss",
-    backends: Sequence[str] = BACKENDS,
+    backends: tuple[str, ...] = BACKENDS,
 ) -> str:
     """The back end to run: `requested`, or the fastest for the device and dtype.
 
@@ -150,22 +150,41 @@ def resolve_backend(
         ValueError: `requested` is unknown or cannot run here; the message says why.
         NotImplementedError: under torch.func or forward-mode differentiation, unless the reference runs.
     """
+    if torch.compiler.is_compiling():  # imports cannot be traced: what is missing is then said when the op runs
+        return _choose(requested, _default, device.type, dtype, backends)
+    chosen = _resolve(requested, _default, device, dtype, op, backends)
+    if chosen != "reference":
+        _refuse_transforms(chosen)
+    return chosen
+
+
+def _choose(
+    requested: str | None, default: str | None, device_type: str, dtype: torch.dtype, backends: tuple[str, ...]
+) -> str:
     if requested is not None and requested not in backends:
         raise ValueError(f"unknown backend {requested!r}; choose from {', '.join(backends)}")
-    if requested is None and _default in backends and dtype != torch.float64:
-        requested = _default
-    fastest = _FASTEST.get(device.type, "reference")
+    fastest = _FASTEST.get(device_type, "reference")
     if dtype == torch.float64 or fastest not in backends:
         fastest = "reference"
-    chosen = requested or fastest
-    if torch.compiler.is_compiling():  # imports cannot be traced: what is missing is then said when the op runs
-        return chosen
+    if default is not None and default in backends and dtype != torch.float64:
+        fastest = default
+    return requested or fastest
+
+
+@functools.cache  # a fifth of what the host does for a call, otherwise
+def _resolve(
+    requested: str | None,
+    default: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str,
+    backends: tuple[str, ...],
+) -> str:
+    chosen = _choose(requested, default, device.type, dtype, backends)
     reason = _unavailable(chosen, device, dtype, op)
-    if reason and requested:
-        raise ValueError(f"backend {requested!r} is not available here: {reason}")
+    if reason and chosen in (requested, default):
+        raise ValueError(f"backend {chosen!r} is not available here: {reason}")
     if reason:
         _warn_once(f"erdfast runs its slow reference on {device.type}: {reason}")
         return "reference"
-    if chosen != "reference":
-        _refuse_transforms(chosen)
     return chosen

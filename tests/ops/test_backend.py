@@ -18,9 +18,11 @@ def test_the_fastest_back_end_of_a_cpu_is_compiled() -> None:
     assert backend.resolve_backend(None, torch.device("meta"), torch.float32) == "reference"
 
 
-def test_a_missing_extension_warns_once_or_raises(monkeypatch) -> None:
+def test_a_missing_extension_warns_once_or_raises(monkeypatch, request) -> None:
+    request.addfinalizer(backend._resolve.cache_clear)
     monkeypatch.setattr(backend, "load_extension", lambda: "the extension is missing")
     backend._warn_once.cache_clear()
+    backend._resolve.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"slow reference on cpu: the extension is missing"):
         assert backend.resolve_backend(None, torch.device("cpu"), torch.float32) == "reference"
     with pytest.raises(ValueError, match="'cpu' is not available here: the extension is missing"):
