@@ -88,8 +88,8 @@ def footnote(result: Mapping[str, Any], rows: Sequence[Row]) -> str:
     above = [row for row in rows if row["share"] is not None and round(100 * row["share"]) > 100]
     if any(not row.get("flops") for row in above):
         remarks.append(
-            "More than 100% of the ceiling: the data of a small case comes in part from the caches, and the ceiling is "
-            "a copy of arrays far larger than they are."
+            "More than 100% of the ceiling: the data of a small case comes in part from the caches, and a large copy, "
+            "which is the ceiling, also fetches the lines that it overwrites; what updates in place does not."
         )
     if any(row.get("flops") for row in above):
         remarks.append(

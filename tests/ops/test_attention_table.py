@@ -60,12 +60,16 @@ def test_shipped_rows_are_valid_and_sorted():
 
 
 def test_short_bf16_on_a_cpu(user_rows):
-    """Up to 64 keys, the plain products beat PyTorch's flash kernel there."""
-    assert [lookup(n, dtype=torch.bfloat16) for n in (16, 17, 64, 65, 258)] == ["math", "math", "math", None, None]
-    assert lookup(18) is None
-    with torch.profiler.profile() as profile:
-        attention(*(torch.randn(1, 1, 18, 8).bfloat16() for _ in range(3)))
-    assert not any("flash" in event.key for event in profile.key_averages())
+    """In training up to 64 keys, the plain products beat PyTorch's flash kernel there; in inference they do not."""
+    rows = [lookup(n, dtype=torch.bfloat16, training=True) for n in (16, 17, 64, 65, 258)]
+    assert rows == ["math", "math", "math", None, None]
+    assert lookup(18, training=True) is None
+    assert lookup(18, dtype=torch.bfloat16, training=False) is None
+    for training in (True, False):
+        qkv = [torch.randn(1, 1, 18, 8).bfloat16().requires_grad_(training) for _ in range(3)]
+        with torch.profiler.profile() as profile:
+            attention(*qkv)
+        assert any("flash" in event.key for event in profile.key_averages()) != training
 
 
 def test_users_rows_come_first_and_the_most_specific_wins(user_rows):
