@@ -44,7 +44,7 @@ def test_two_processes(tmp_path: Path) -> None:
     spawn(work, (tmp_path,), nprocs=WORLD)
 
     def load(name: str, rank: int) -> Trajectory:
-        return Trajectory(**torch.load(tmp_path / f"{name}{rank}.pt"))
+        return Trajectory(**torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True))
 
     for rank in range(WORLD):
         assert_same(load("ours", rank), load("theirs", rank), 2e-6)
