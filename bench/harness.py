@@ -90,7 +90,7 @@ class Case:
 Cases = Callable[[str, Sequence[torch.dtype]], Iterable[Case]]
 
 
-def backend_of(op: str, device: str, dtype: torch.dtype, backends: Sequence[str] = ("reference", "triton")) -> str:
+def backend_of(op: str, device: str, dtype: torch.dtype, backends: tuple[str, ...] = ("reference", "triton")) -> str:
     """The back end that an op takes by default; "reference" where it has no compiled code for the device."""
     return resolve_backend(None, torch.device(device), dtype, op=op, backends=backends)
 
@@ -111,7 +111,7 @@ class Measurement:
         size = sum(t.nbytes for t in _tensors(self.sets[0]))
         count = min(max(math.ceil(ROTATION_BYTES / max(size, 1)), 1), MAX_SETS)
         self.sets += [case.make_inputs(i) for i in range(1, count)]
-        self._gradients: dict[tuple[int, int], Tensor] = {}
+        self._derivatives: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def prepare(self, side: str, kind: str) -> Prepare:
         """For `interleave`: call number => what is timed."""
@@ -122,27 +122,28 @@ class Measurement:
 
         def backward(i: int) -> Callable[[], object]:
             index = i % len(self.sets)
-            inputs = self.sets[index]
-            return self._differentiate(function(*inputs), inputs, index)
+            leaves, gradients = self._derivative(function, index)
+            outputs = _differentiable(function(*self.sets[index]))
+            return partial(torch.autograd.grad, outputs, leaves, gradients, allow_unused=True)
 
         def both(i: int) -> Callable[[], object]:
             index = i % len(self.sets)
-            inputs = self.sets[index]
-            return lambda: self._differentiate(function(*inputs), inputs, index)()
+            inputs, (leaves, gradients) = self.sets[index], self._derivative(function, index)
+            return lambda: torch.autograd.grad(_differentiable(function(*inputs)), leaves, gradients, allow_unused=True)
 
         return {"forward": forward, "backward": backward, "both": both}[kind]
 
-    def _differentiate(self, output: Any, inputs: tuple, index: int) -> Callable[[], object]:
-        """The gradients of the inputs: of a loss itself; of other outputs for a random gradient, the same each time."""
-        outputs = [t for t in _tensors(output) if t.requires_grad]
-        leaves = [t for t in _tensors(inputs) if t.requires_grad]
-        gradients = []
-        for k, out in enumerate(outputs):
-            if (index, k) not in self._gradients:
-                make = torch.ones_like if out.dim() == 0 else torch.randn_like
-                self._gradients[index, k] = make(out.detach())
-            gradients.append(self._gradients[index, k])
-        return partial(torch.autograd.grad, outputs, leaves, gradients, allow_unused=True)
+    def _derivative(self, function: Callable[..., Any], index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What is differentiated for, and the outputs' gradients: 1 of a loss, else random, the same each time.
+
+        Found out before the clock runs: to look through the inputs takes longer than some ops.
+        """
+        if index not in self._derivatives:
+            leaves = [t for t in _tensors(self.sets[index]) if t.requires_grad]
+            outputs = _differentiable(function(*self.sets[index]))
+            make = [torch.ones_like if out.dim() == 0 else torch.randn_like for out in outputs]
+            self._derivatives[index] = leaves, [m(out.detach()) for m, out in zip(make, outputs, strict=True)]
+        return self._derivatives[index]
 
     def drop_failing(self) -> dict[str, str]:
         """Try every pass of every side once; sides that raise are left out and named with the reason."""
@@ -193,6 +194,12 @@ class Measurement:
             output = self.sides[side](*inputs)
         known = {t.untyped_storage().data_ptr() for t in [*_tensors(inputs), *_tensors(output)]}
         return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
+
+
+def _differentiable(output: Any) -> list[Tensor]:
+    """Of a tensor or a tuple."""
+    outputs = [output] if isinstance(output, Tensor) else output
+    return [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
