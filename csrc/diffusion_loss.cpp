@@ -4,14 +4,6 @@
 
 namespace erdfast::ERDFAST_ARCH {
 
-// Sixteen sums side by side, in registers; a task adds at most 256 numbers to each before float64 takes over.
-constexpr int WIDTH = 16;
-using Vec = float __attribute__((vector_size(4 * WIDTH)));
-using UnalignedVec = float __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-
-inline Vec load_vec(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store_vec(float* p, Vec value) { *reinterpret_cast<UnalignedVec*>(p) = value; }
-
 // Past the caches, to an address that is a multiple of 64.
 inline void stream_vec(float* p, Vec value) {
 #if defined(__AVX512F__)
@@ -36,20 +28,39 @@ inline bool is_streamed(const Array& grad, const Source& source, const Layout& l
          (layout.contiguous || layout.quarter % 16 == 0);
 }
 
+// A task adds at most 256 numbers to each lane before float64 takes over.
 struct Sums {
   Vec rr{}, rx{}, re{};
+};
 
-  void add(const float* pred, const float* x0, const float* eps, float c_x, float c_eps, float factor, float* grad,
-           bool streamed) {
-    for (int i = 0; i < LANES; i += WIDTH) {
-      const Vec x = load_vec(x0 + i), e = load_vec(eps + i), r = load_vec(pred + i) - (c_x * x + c_eps * e);
-      rr += r * r;
-      rx += r * x;
-      re += r * e;
-      streamed ? stream_vec(grad + i, factor * r) : store_vec(grad + i, factor * r);
+// All loads of four parts, then their stores: where a sample has 4096 elements, the parts of all arrays lie at the same
+// address modulo 4096, and the processor takes a load for the result of a store before it. Never inlined: inside the
+// larger function the addresses and sums do not stay in registers.
+template <bool streamed>
+__attribute__((noinline)) static void accumulate(Sums& sums, Parts<const float> pred, Parts<const float> x0,
+                                                 Parts<const float> eps, float c_x, float c_eps, float factor,
+                                                 Parts<float> grad) {
+  Sums total = sums;
+  for (int i = 0; i < LANES; i += WIDTH) {
+    Vec scaled[4];
+    for (int j = 0; j < 4; ++j) {
+      const float *at_pred = pred.data + j * pred.step + i, *at_x0 = x0.data + j * x0.step + i;
+      __builtin_prefetch(at_pred + LANES);  // the next block's, while its noise is computed
+      __builtin_prefetch(at_x0 + LANES);
+      const Vec x = load_vec(at_x0), e = load_vec(eps.data + j * eps.step + i);
+      const Vec r = load_vec(at_pred) - (c_x * x + c_eps * e);
+      total.rr += r * r;
+      total.rx += r * x;
+      total.re += r * e;
+      scaled[j] = factor * r;
+    }
+    for (int j = 0; j < 4; ++j) {
+      float* g = grad.data + j * grad.step + i;
+      streamed ? stream_vec(g, scaled[j]) : store_vec(g, scaled[j]);
     }
   }
-};
+  sums = total;
+}
 
 void diffusion_loss(const DiffusionLoss& op) {
   const Source& source = op.source;
@@ -64,18 +75,16 @@ void diffusion_loss(const DiffusionLoss& op) {
         op.grad_scale * 2.0 * op.w[b] / (static_cast<double>(source.batch) * static_cast<double>(source.numel)));
     Sums sums;
     Block block;
-    alignas(64) float pred_buffer[LANES];
-    alignas(64) float grad_buffer[LANES];
+    alignas(64) Buffer pred_buffer;
+    alignas(64) Buffer grad_buffer;
     for (int64_t q = begin; q < end; q += LANES) {
       read_block(source, layout, b, q, block);
-      for (int j = 0; j < 4; ++j) {
-        const int count = layout.count(q, j);
-        const int64_t offset = layout.offset(q, j);
-        const float* pred = view(op.pred, b, offset, count, pred_buffer);
-        float* grad = target(op.grad, b, offset, count, grad_buffer);
-        sums.add(pred, block.x0[j], block.eps[j], c_x, c_eps, factor, grad, streamed && grad != grad_buffer);
-        finish(op.grad, b, offset, count, grad, grad_buffer);
-      }
+      const Parts<const float> pred = read_parts(op.pred, layout, b, q, pred_buffer);
+      const Parts<float> grad = target_parts(op.grad, layout, b, q, grad_buffer);
+      const bool buffered = grad.data == grad_buffer[0];
+      const auto add = streamed && !buffered ? accumulate<true> : accumulate<false>;
+      add(sums, pred, block.x0, block.eps, c_x, c_eps, factor, grad);
+      finish(op.grad, layout, b, q, grad_buffer, buffered);
     }
 #if defined(__AVX2__)
     if (streamed) _mm_sfence();

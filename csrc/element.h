@@ -7,6 +7,14 @@
 
 namespace erdfast::ERDFAST_ARCH {
 
+// Sixteen numbers side by side.
+constexpr int WIDTH = 16;
+using Vec = float __attribute__((vector_size(4 * WIDTH)));
+using UnalignedVec = float __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+inline Vec load_vec(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store_vec(float* p, Vec value) { *reinterpret_cast<UnalignedVec*>(p) = value; }
+
 inline float half_to_float(uint16_t half) {
   constexpr uint32_t exponent_mask = 0x7c00u << 13;
   const uint32_t shifted = (half & 0x7fffu) << 13, exponent = shifted & exponent_mask;
@@ -90,14 +98,6 @@ inline void load(const Array& array, int64_t b, int64_t element, int count, floa
   });
 }
 
-// The same elements where they are, if they are whole float32 lanes; else as `load` puts them into `buffer`.
-inline const float* view(const Array& array, int64_t b, int64_t element, int count, float* __restrict buffer) {
-  if (array.dtype == Dtype::fp32 && count >= LANES && !array.pixel)
-    return static_cast<const float*>(array.data) + (b * array.stride + element);
-  load(array, b, element, count, buffer);
-  return buffer;
-}
-
 inline void store(const Array& array, int64_t b, int64_t element, int count, const float* __restrict in) {
   const int n = std::min(count, LANES);
   if (array.pixel) {
@@ -115,16 +115,6 @@ inline void store(const Array& array, int64_t b, int64_t element, int count, con
       for (int i = 0; i < n; ++i) float_to_element(in[i], p[i]);
     }
   });
-}
-
-// Where LANES results may be written: straight into the array if they fit there, else into `buffer`, for `finish`.
-inline float* target(const Array& array, int64_t b, int64_t element, int count, float* buffer) {
-  const bool direct = array.data && array.dtype == Dtype::fp32 && count >= LANES && !array.pixel;
-  return direct ? static_cast<float*>(array.data) + (b * array.stride + element) : buffer;
-}
-
-inline void finish(const Array& array, int64_t b, int64_t element, int count, const float* written, const float* buffer) {
-  if (array.data && written == buffer) store(array, b, element, count, buffer);
 }
 
 }  // namespace erdfast::ERDFAST_ARCH

@@ -21,56 +21,85 @@ struct Layout {
         quarter((source.numel + 3) / 4),
         contiguous(source.noise.data != nullptr && !source.moments) {}
 
-  int64_t offset(int64_t q, int j) const { return contiguous ? 4 * q + j * LANES : q + j * quarter; }
+  int64_t step() const { return contiguous ? LANES : quarter; }  // from part to part
+
+  int64_t offset(int64_t q, int j) const { return (contiguous ? 4 * q : q) + j * step(); }
 
   int count(int64_t q, int j) const {
     const int64_t left = contiguous ? numel - offset(q, j) : std::min(quarter, numel - j * quarter) - q;
     return static_cast<int>(std::clamp<int64_t>(left, 0, LANES));
   }
+
+  bool whole(int64_t q) const { return count(q, 3) == LANES; }  // no later part has more
 };
 
-// x0[j] and eps[j] hold the LANES elements of part j; lanes beyond its count are 0.
+// The four parts of a block: lane i of part j is at data[j*step + i].
+template <class T>
+struct Parts {
+  T* data;
+  int64_t step;
+};
+
+using Buffer = float[4][LANES];
+
+// Where an array's whole float32 lanes are; else as `load` puts them into `buffer`, missing lanes 0.
+inline Parts<const float> read_parts(const Array& array, const Layout& layout, int64_t b, int64_t q, Buffer& buffer) {
+  if (array.dtype == Dtype::fp32 && !array.pixel && layout.whole(q))
+    return {static_cast<const float*>(array.data) + b * array.stride + layout.offset(q, 0), layout.step()};
+  for (int j = 0; j < 4; ++j) load(array, b, layout.offset(q, j), layout.count(q, j), buffer[j]);
+  return {buffer[0], LANES};
+}
+
+// Where results may be written: straight into the array if it holds them all so, else into `buffer`, for `finish`.
+inline Parts<float> target_parts(const Array& array, const Layout& layout, int64_t b, int64_t q, Buffer& buffer) {
+  if (array.data && array.dtype == Dtype::fp32 && !array.pixel && layout.whole(q))
+    return {static_cast<float*>(array.data) + b * array.stride + layout.offset(q, 0), layout.step()};
+  return {buffer[0], LANES};
+}
+
+inline void finish(const Array& array, const Layout& layout, int64_t b, int64_t q, const Buffer& buffer, bool buffered) {
+  for (int j = 0; buffered && array.data && j < 4; ++j)
+    store(array, b, layout.offset(q, j), layout.count(q, j), buffer[j]);
+}
+
 struct Block {
-  const float* x0[4];
-  const float* eps[4];
-  alignas(64) float x0_buffer[4][LANES];
-  alignas(64) float eps_buffer[4][LANES];
+  Parts<const float> x0, eps;
+  alignas(64) Buffer x0_buffer;
+  alignas(64) Buffer eps_buffer;
 };
 
-inline void clear_beyond(int count, float* lanes) {
-  for (int i = count; i < LANES; ++i) lanes[i] = 0.0f;
+// Of the lanes that parts of a block do not have, drawn numbers are cleared, so that sums may run over all.
+inline void draw(const Source& source, uint64_t domain, const Layout& layout, int64_t b, int64_t q, Buffer& normals) {
+  const uint64_t id = static_cast<uint64_t>(source.sample_ids ? source.sample_ids[b] : b);
+  const int lanes = static_cast<int>(std::min<int64_t>(layout.quarter - q, LANES));
+  NoiseStream{source.seed ^ domain, id, source.stream}.fill(static_cast<uint32_t>(q), lanes, normals);
+  for (int j = 0; j < 4; ++j)
+    for (int i = layout.count(q, j); i < LANES; ++i) normals[j][i] = 0.0f;
 }
 
 inline void read_block(const Source& source, const Layout& layout, int64_t b, int64_t q, Block& block) {
-  const int lanes = static_cast<int>(std::min<int64_t>(layout.quarter - q, LANES));
-  const uint64_t id = static_cast<uint64_t>(source.sample_ids ? source.sample_ids[b] : b);
-  if (!source.noise.data) NoiseStream{source.seed, id, source.stream}.fill(static_cast<uint32_t>(q), lanes, block.eps_buffer);
-  alignas(64) float eta[4][LANES];
-  if (source.moments)
-    NoiseStream{source.seed ^ POSTERIOR_DOMAIN, id, source.stream}.fill(static_cast<uint32_t>(q), lanes, eta);
-
+  if (source.noise.data) {
+    block.eps = read_parts(source.noise, layout, b, q, block.eps_buffer);
+  } else {
+    draw(source, 0, layout, b, q, block.eps_buffer);
+    block.eps = {block.eps_buffer[0], LANES};
+  }
+  if (!source.moments) {
+    block.x0 = read_parts(source.x0, layout, b, q, block.x0_buffer);
+    return;
+  }
+  alignas(64) Buffer eta;
+  draw(source, POSTERIOR_DOMAIN, layout, b, q, eta);
   for (int j = 0; j < 4; ++j) {
-    const int64_t offset = layout.offset(q, j);
-    const int count = layout.count(q, j);
-    block.eps[j] = block.eps_buffer[j];
-    if (source.noise.data)
-      block.eps[j] = view(source.noise, b, offset, count, block.eps_buffer[j]);
-    else
-      clear_beyond(count, block.eps_buffer[j]);
-    if (!source.moments) {
-      block.x0[j] = view(source.x0, b, offset, count, block.x0_buffer[j]);
-      continue;
-    }
     alignas(64) float mean[LANES];
     alignas(64) float std[LANES];
-    load(source.x0, b, offset, count, mean);
-    load(source.x0, b, offset + source.numel, count, std);
-    clear_beyond(count, eta[j]);
+    load(source.x0, b, layout.offset(q, j), layout.count(q, j), mean);
+    load(source.x0, b, layout.offset(q, j) + source.numel, layout.count(q, j), std);
     float* x0 = block.x0_buffer[j];
 #pragma omp simd simdlen(16)
     for (int i = 0; i < LANES; ++i) x0[i] = source.moments_scale * (mean[i] + std[i] * eta[j][i]);
-    block.x0[j] = x0;
   }
+  block.x0 = {block.x0_buffer[0], LANES};
 }
 
 inline int64_t tasks_per_sample(const Layout& layout) {
