@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -34,8 +35,12 @@ std::vector<Isa> supported() {  // slowest first
   return isas;
 }
 
-const Isa& select(const std::string& name) {  // "" is the fastest
+// What the environment asks for by ERDFAST_CPU_ISA (baseline, avx2, avx512), else the fastest. Read here at every call:
+// os.environ would take longer than all the rest of a call's bindings.
+const Isa& select() {
   static const std::vector<Isa> isas = supported();
+  const char* asked = std::getenv("ERDFAST_CPU_ISA");
+  const std::string name = asked ? asked : "";
   if (name.empty()) return isas.back();
   std::string names;
   for (const Isa& isa : isas) {
@@ -78,23 +83,22 @@ PYBIND11_MODULE(_C, m) {
       }));
 
   m.def("add_noise", [](const Source& source, uintptr_t out, int out_dtype, int64_t out_stride, int64_t out_pixel,
-                        uintptr_t alpha, uintptr_t sigma, const std::string& isa) {
+                        uintptr_t alpha, uintptr_t sigma) {
     const AddNoise op{source, array(out, out_dtype, out_stride, out_pixel, source.x0.pixels),
                       pointer<const float>(alpha), pointer<const float>(sigma)};
-    const auto run = select(isa).add_noise;
+    const auto run = select().add_noise;
     py::gil_scoped_release release;
     run(op);
   });
 
   m.def("diffusion_loss", [](const Source& source, uintptr_t pred, int dtype, int64_t pred_stride, int64_t pred_pixel,
                              uintptr_t c_x, uintptr_t c_eps, uintptr_t w, uintptr_t sums, uintptr_t loss,
-                             uintptr_t grad, int64_t grad_stride, int64_t grad_pixel, double grad_scale,
-                             const std::string& isa) {
+                             uintptr_t grad, int64_t grad_stride, int64_t grad_pixel, double grad_scale) {
     const int64_t pixels = source.x0.pixels;
     const DiffusionLoss op{source, array(pred, dtype, pred_stride, pred_pixel, pixels), pointer<const float>(c_x),
                            pointer<const float>(c_eps), pointer<const float>(w), pointer<float>(sums),
                            pointer<float>(loss), array(grad, dtype, grad_stride, grad_pixel, pixels), grad_scale};
-    const auto run = select(isa).diffusion_loss;
+    const auto run = select().diffusion_loss;
     py::gil_scoped_release release;
     run(op);
   });
@@ -102,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
   // `table` is (7 + emas [+ 1], tensors) int64: numel, group, first block, param, exp_avg, exp_avg_sq, step, averages, copy.
   m.def("adamw_ema", [](uintptr_t table, int64_t tensors, int64_t emas, bool copies, int copy_dtype, uintptr_t grads,
                         int grad_dtype, uintptr_t settings, int64_t groups, uintptr_t grad_scale, uintptr_t found_inf,
-                        uintptr_t norm, double max_norm, int threads, const std::string& isa) {
+                        uintptr_t norm, double max_norm, int threads) {
     const auto row = [&](int64_t i) { return table + i * tensors * sizeof(int64_t); };
     AdamwEma op;
     op.tensors = tensors;
@@ -125,16 +129,15 @@ PYBIND11_MODULE(_C, m) {
     op.norm = pointer<const float>(norm);
     op.max_norm = max_norm;
     op.threads = threads;
-    const auto run = select(isa).adamw_ema;
+    const auto run = select().adamw_ema;
     py::gil_scoped_release release;
     run(op);
   });
 
-  m.def("grad_norm", [](uintptr_t out, uintptr_t numel, uintptr_t grads, int64_t tensors, int grad_dtype, int threads,
-                        const std::string& isa) {
+  m.def("grad_norm", [](uintptr_t out, uintptr_t numel, uintptr_t grads, int64_t tensors, int grad_dtype, int threads) {
     const GradNorm op{tensors, pointer<const int64_t>(numel), pointer<const void* const>(grads),
                       static_cast<Dtype>(grad_dtype), pointer<float>(out), threads};
-    const auto run = select(isa).grad_norm;
+    const auto run = select().grad_norm;
     py::gil_scoped_release release;
     run(op);
   });

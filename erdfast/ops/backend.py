@@ -99,11 +99,6 @@ def _refuse_transforms(backend: str) -> None:
         )
 
 
-def cpu_isa() -> str:
-    """The instruction set asked for by ERDFAST_CPU_ISA (baseline, avx2, avx512); empty for the fastest."""
-    return os.environ.get("ERDFAST_CPU_ISA", "")
-
-
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype, op: str) -> str | None:
     """Why `backend` cannot run an op on this device and dtype; None when it can."""
     if backend == "reference":

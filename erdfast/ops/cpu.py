@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import source
-from .backend import cpu_isa, load_extension
+from .backend import load_extension
 from .source import Layout
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -77,7 +77,8 @@ def add_noise(
     _extension().add_noise(
         _source(x0, layouts[0], noise, layouts[1], seed, stream, sample_ids, moments_scale),
         *(out.data_ptr(), _DTYPE_CODES[out.dtype], *layouts[2]),
-        *(alpha.data_ptr(), sigma.data_ptr(), cpu_isa()),
+        alpha.data_ptr(),
+        sigma.data_ptr(),
     )
 
 
@@ -111,7 +112,7 @@ def diffusion_loss(
         *(c_x.data_ptr(), c_eps.data_ptr(), w.data_ptr()),
         *((0, 0) if sums is None or loss is None else (sums.data_ptr(), loss.data_ptr())),
         *(0 if grad is None else grad.data_ptr(), *layouts[3]),
-        *(1.0 if grad_scale is None else float(grad_scale), cpu_isa()),
+        1.0 if grad_scale is None else float(grad_scale),
     )
     return loss, sums
 
@@ -136,7 +137,8 @@ def adamw_ema(
         *(copy_dtype is not None, _DTYPE_CODES[copy_dtype or torch.bfloat16]),
         *(grads.data_ptr(), _DTYPE_CODES[grad_dtype], settings.data_ptr(), groups),
         *(0 if scalar is None else scalar.data_ptr() for scalar in (grad_scale, found_inf, norm)),
-        *(max_norm, torch.get_num_threads(), cpu_isa()),
+        max_norm,
+        torch.get_num_threads(),
     )
 
 
@@ -145,6 +147,7 @@ def grad_norm(table: Tensor, owner: None, grads: Tensor, grad_dtype: torch.dtype
     norm = torch.empty((), dtype=torch.float32, device="cpu")
     _extension().grad_norm(
         *(norm.data_ptr(), table.data_ptr(), grads.data_ptr(), table.shape[1]),
-        *(_DTYPE_CODES[grad_dtype], torch.get_num_threads(), cpu_isa()),
+        _DTYPE_CODES[grad_dtype],
+        torch.get_num_threads(),
     )
     return norm
