@@ -85,6 +85,7 @@ def environment() -> dict[str, Any]:
     """What a result must name to be believed."""
     return {
         "device": device_name(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -108,6 +109,15 @@ def commit() -> str:
         return "unknown"
     changed = _output("git", "status", "--porcelain", "--", *MEASURED_SOURCES)
     return f"{head}-dirty" if changed else head
+
+
+def _processor() -> str | None:
+    """As Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _version(package: str) -> str | None:

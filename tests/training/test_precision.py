@@ -23,16 +23,18 @@ def test_what_a_cpu_can_do(name, dtype, autocast):
 
 
 @pytest.mark.parametrize(
-    ("flags", "chosen"),
+    ("vendor", "flags", "chosen"),
     [
-        ("flags : fpu avx2 avx512f avx512_bf16", "bf16"),
-        ("flags : fpu amx_tile amx_bf16", "bf16"),
-        ("flags : fpu avx2 avx512f", "fp32"),
-        ("", "fp32"),
+        ("AuthenticAMD", "fpu avx2 avx512f avx512_bf16", "bf16"),
+        ("GenuineIntel", "fpu avx2 avx512f avx512_bf16", "fp32"),
+        ("GenuineIntel", "fpu avx512_bf16 amx_tile amx_bf16", "bf16"),
+        ("AuthenticAMD", "fpu avx2 avx512f", "fp32"),
+        (None, None, "fp32"),
     ],
 )
-def test_auto_asks_the_processor(monkeypatch, flags, chosen):
-    monkeypatch.setattr(precision, "_cpu_flags", lambda: flags)
+def test_auto_asks_the_processor(monkeypatch, vendor, flags, chosen):
+    info = {"vendor_id": vendor, "flags": flags} if vendor else {}
+    monkeypatch.setattr(precision, "_cpu_info", lambda: info)
     assert resolve_precision("auto", CPU).name == chosen
 
 
@@ -41,9 +43,10 @@ def test_a_system_without_cpuinfo(monkeypatch):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(builtins, "open", missing)
-    assert precision._cpu_flags() == ""
-    monkeypatch.setattr(builtins, "open", lambda *_args: io.StringIO("model name : x\nflags : fpu\nflags : other\n"))
-    assert precision._cpu_flags() == "flags : fpu\n"
+    assert precision._cpu_info() == {}
+    text = "model name\t: x\nflags\t\t: fpu\n\nmodel name\t: x\nflags\t\t: other\n"
+    monkeypatch.setattr(builtins, "open", lambda *_args: io.StringIO(text))
+    assert precision._cpu_info() == {"model name": "x", "flags": "fpu"}
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
