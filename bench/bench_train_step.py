@@ -211,7 +211,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sides", nargs="+", default=list(DEFAULT_SIDES), choices=list(SIDES))
     for name in PEERS:
         parser.add_argument(f"--{name}", metavar="PATH", help="a checkout of their repository, measured as well")
-    parser.add_argument("--compile", default="default", choices=["default", "max-autotune"], help="of ours_compile")
+    parser.add_argument(
+        "--compile",
+        default="block",
+        choices=["block", "full", "max-autotune"],
+        help="of ours_compile; see erdfast.train",
+    )
     parser.add_argument("--blocks", type=at_least(1), default=DEFAULT_BLOCKS, help="turns of each side")
     parser.add_argument("--steps", type=at_least(1), default=DEFAULT_STEPS, help="counted steps of a block")
     parser.add_argument("--warmup", type=at_least(0), default=5, help="steps before the first block")

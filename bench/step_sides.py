@@ -22,6 +22,7 @@ from erdfast.data import Batch, Dataset
 from erdfast.models import BackboneConfig
 from erdfast.ops.backend import default_backend
 from erdfast.process import Process
+from erdfast.training.parallel import World
 from erdfast.training.precision import resolve_precision
 from erdfast.training.trainer import Trainer
 
@@ -39,8 +40,8 @@ class StepOptions:
     """Preset."""
     batch: int
     """Images per step."""
-    compile: str = "default"
-    """Of "ours_compile": default or max-autotune."""
+    compile: str = "block"
+    """Of "ours_compile": block, full or max-autotune."""
     samples: int = 4096
     """Images in memory."""
     paths: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -167,7 +168,7 @@ def ours(options: StepOptions, device: torch.device, *, compiled: bool = False) 
     }
     config = cli.with_options(TrainConfig(), recipe | own)
     data = RandomLatents(presets.model_config(options.model), options.samples)
-    trainer = Trainer(config, data, Path("unused"), device, say=lambda _line: None)
+    trainer = Trainer(config, data, Path("unused"), World(device=device), say=lambda _line: None)
     return trainer._train_step
 
 

@@ -21,19 +21,14 @@ from erdfast.config import TrainConfig
 
 Config = TypeVar("Config")
 
-_GROUPS = ("process", "optimizer", "preview")
+_GROUPS = ("process", "optimizer", "ema", "preview")
 _FREE_ON_RESUME = {
-    "steps",
-    "resume",
-    "dry_run",
-    "log_every",
-    "checkpoint_every",
-    "keep_last",
-    "tensorboard",
-    "compile",
-    "attention",
+    *("steps", "resume", "dry_run", "gpus", "device"),
+    *("log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard", "wandb"),
+    *("compile", "attention", "parallel", "ddp_bf16", "accumulation", "recompute", "cuda_graph", "cache"),
 }
-"""What may change when a run continues: nothing that the weights depend on but its length."""
+"""What may change when a run continues: nothing that the weights depend on, but for rounding, except its length."""
+AUTO = "auto"
 
 
 def parse(config_type: type[Config], argv: Sequence[str] | None, default: Config | None = None) -> Config:
@@ -71,14 +66,26 @@ def _one_line(box: str) -> str:
     return "; ".join(kept) or " ".join(box.split())
 
 
-def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
+def parse_train(argv: Sequence[str] | None = None, agree: Callable[[bool], bool] = bool) -> TrainConfig:
     """TrainConfig from a recipe (named, or the model's own) or a run to resume, with the command line on top.
+
+    Args:
+        argv: the command line; by default this process's.
+        agree: for `--resume auto`, whether there is a run to resume: what the first process sees, in every process.
 
     Raises:
         ValueError: an unknown recipe or model, a run that cannot be resumed, or options that would change it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = _peek(arguments)
+    if first.resume == AUTO:
+        if first.out is None:
+            raise ValueError("--resume auto continues the run that --out names, or begins it there: give --out too")
+        at = arguments.index("--resume") if "--resume" in arguments else arguments.index("--resume=auto")
+        del arguments[at : at + (2 if arguments[at] == "--resume" else 1)]
+        first.resume = None
+        if agree((Path(first.out) / "config.json").exists()):
+            arguments, first.resume = [*_without_out(arguments), "--resume", first.out], first.out
     if first.resume is not None:
         return _parse_resume(arguments, Path(first.resume))
     name = first.recipe or ("digits" if first.model is None else presets.recipe_of_model(first.model))
@@ -95,11 +102,19 @@ def with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
 
 
 def _peek(arguments: list[str]) -> argparse.Namespace:
-    """The three options on which the defaults of all others depend."""
+    """The options on which the defaults of all others depend."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--recipe", "--model", "--resume"):
+    for flag in ("--recipe", "--model", "--resume", "--out"):
         parser.add_argument(flag, nargs="?")
     return parser.parse_known_args(arguments)[0]
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """The run directory is where the run lies, whatever its config.json was told."""
+    if "--out" not in arguments:
+        return [argument for argument in arguments if not argument.startswith("--out=")]
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def _parse_resume(arguments: list[str], run: Path) -> TrainConfig:

@@ -15,7 +15,10 @@ from erdfast.process import Process
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 LrSchedule = Literal["constant", "cosine"]
-Compile = Literal["none", "default", "max-autotune"]
+Compile = Literal["auto", "none", "block", "full", "max-autotune"]
+Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+Recompute = Literal["none", "selective", "full"]
+Cache = Literal["auto", "disk", "ram", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,6 @@ class OptimizerConfig:
     """The learning rate after warm-up: constant, or a cosine to 0 at the last step."""
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights that are sampled and published."""
 
     def validate(self) -> None:
         """Raise ValueError for a number out of range."""
@@ -96,7 +97,39 @@ class OptimizerConfig:
         _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
         _require("grad_clip", self.grad_clip, self.grad_clip >= 0, "at least 0 (0 does not clip)")
-        _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Averages of the weights: what is sampled and published."""
+
+    ema_decay: tuple[float, ...] = (0.9999,)
+    """Decays of the averages, any number of them; the last is sampled and published."""
+    ema_warmup: bool = False
+    """Begin with smaller decays, (1 + step)/(10 + step), so that the first weights are soon forgotten."""
+    ema_std: tuple[float, ...] = ()
+    """Power-function averages of these relative widths instead (EDM2: 0.05 0.1), from which `python -m erdfast.ema`
+    makes one of any width afterwards."""
+    ema_snapshot_every: int = 0
+    """Steps between snapshots of the power-function averages in RUN/ema; 0: at every checkpoint."""
+
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range."""
+        for decay in self.ema_decay:
+            _require("ema_decay", decay, 0 <= decay < 1, "in [0, 1)")
+        for std in self.ema_std:
+            _require("ema_std", std, 0.01 <= std <= 0.25, "in [0.01, 0.25]")
+        _require("ema_snapshot_every", self.ema_snapshot_every, self.ema_snapshot_every >= 0, "at least 0")
+        if not self.ema_std and not self.ema_decay:
+            raise ValueError("ema_decay is empty; name at least one decay in [0, 1)")
+        if self.ema_std and self.ema_warmup:
+            raise ValueError("ema_warmup is for ema_decay: power-function averages need none")
+
+    def describe(self) -> str:
+        """For people: "0.9999", or "power std 0.05, 0.1"."""
+        if self.ema_std:
+            return "power std " + ", ".join(f"{std:g}" for std in self.ema_std)
+        return ", ".join(f"{decay:g}" for decay in self.ema_decay) + (" after warm-up" if self.ema_warmup else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +174,25 @@ class TrainConfig:
     """Share of labels replaced by the null class, for classifier-free guidance."""
     precision: Precision = "auto"
     """fp32, bf16, or fp16 with a loss scale; auto: bf16 where the hardware has it, else fp32."""
-    compile: Compile = "none"
-    """torch.compile of the network."""
+    compile: Compile = "auto"
+    """torch.compile: block (each block of the network once, and what precedes it), full (data to loss as one graph),
+    max-autotune (the same with kernels chosen by measurement), none; auto: block on a GPU, none on a CPU."""
+    parallel: Parallel = "auto"
+    """How the processes of torchrun share the work: ddp (whole copies), fsdp (everything split), hsdp (split within a
+    machine, copies across); auto: ddp where one device holds everything."""
+    ddp_bf16: bool = False
+    """ddp: send gradients as bf16, half the traffic."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: full (blocks are computed again in backward), selective (all of them but matrix
+    products and attention)."""
+    cuda_graph: bool = False
+    """Launch forward and backward as one CUDA graph (one GPU, or ddp): for networks whose kernels are short."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A gradient that is not finite: stop the run, or skip the update and count it (25 in a row stop it)."""
+    flip: bool = False
+    """Mirror every second sample, at random, where the data can be mirrored."""
+    cache: Cache = "auto"
+    """Where the data live: disk (memory-mapped), ram, gpu; auto: the fastest that has room."""
     attention: str = "auto"
     """Back end of attention: auto (the fastest by a table of measurements), flash, cudnn, efficient, math, reference,
     triton, flash_attn2, flash_attn3, flash_attn4, xformers."""
@@ -151,7 +201,8 @@ class TrainConfig:
     out: Path | None = None
     """Run directory; by default the next free runs/NNN-model-data."""
     resume: Path | None = None
-    """Run directory to continue from its newest complete checkpoint; needs no other option."""
+    """Run directory to continue from its newest complete checkpoint; needs no other option. "auto": the one that --out
+    names, if it holds a run, else begin there: what a scheduler that restarts jobs wants."""
     dry_run: bool = False
     """Print parameters, operations and memory; do not train."""
     log_every: int = 50
@@ -160,10 +211,15 @@ class TrainConfig:
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
     """How many checkpoints to keep."""
+    keep_every: int = 0
+    """Keep those of every so many steps for good; 0 keeps none."""
     tensorboard: bool = True
     """Write TensorBoard logs too, where TensorBoard is installed (extra: logging)."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well, over the network (pip install wandb)."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def validate(self) -> None:
@@ -178,7 +234,9 @@ class TrainConfig:
         _require("log_every", self.log_every, self.log_every >= 1, "at least 1")
         _require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "at least 1")
         _require("keep_last", self.keep_last, self.keep_last >= 1, "at least 1")
+        _require("keep_every", self.keep_every, self.keep_every >= 0, "at least 0 (0 keeps none for good)")
         self.optimizer.validate()
+        self.ema.validate()
         self.preview.validate()
         self.process.build()
 
@@ -195,19 +253,33 @@ class TrainConfig:
         """
         try:
             values = json.loads(text)
-            groups = {"process": ProcessConfig, "optimizer": OptimizerConfig, "preview": PreviewConfig}
-            for name, group in groups.items():
-                values[name] = group(**values[name])
+            _from_older_versions(values)
+            for name, group in _GROUPS.items():
+                values[name] = group(**{key: _tuples(value) for key, value in values[name].items()})
             for name in ("out", "resume"):
                 values[name] = None if values[name] is None else Path(values[name])
-            betas = tuple(values["optimizer"].betas)
-            values["optimizer"] = dataclasses.replace(values["optimizer"], betas=betas)
             config = cls(**values)
             check_types(config)
             config.validate()  # a file that was edited by hand
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{origin} does not hold the options of a training run ({error})") from error
         return config
+
+
+_GROUPS = {"process": ProcessConfig, "optimizer": OptimizerConfig, "ema": EmaConfig, "preview": PreviewConfig}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists alone."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _from_older_versions(values: dict[str, Any]) -> None:
+    """What version 0.1 wrote, in today's names."""
+    if "ema" not in values:
+        values["ema"] = {"ema_decay": [values["optimizer"].pop("ema_decay")]}
+    if values.get("compile") == "default":
+        values["compile"] = "block"
 
 
 @dataclass(frozen=True, kw_only=True)

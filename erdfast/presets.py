@@ -58,12 +58,12 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 # fmt: off
 _ERD = {"schedule": "cosine", "target": "eps", "weighting": "erd", "batch_size": 256, "lr": 1e-4, "label_drop": 0.1,
-        "ema_decay": 0.9999, "steps": 400_000}
+        "ema_decay": (0.9999,), "steps": 400_000}
 _DIT, _UVIT = _ERD | {"betas": (0.9, 0.999)}, _ERD | {"betas": (0.99, 0.99)}
 _DIGITS = {"data": "digits", "schedule": "cosine", "target": "eps", "weighting": "erd", "batch_size": 128, "lr": 2e-3,
-           "betas": (0.9, 0.99), "warmup_steps": 50, "lr_schedule": "cosine", "ema_decay": 0.99, "steps": 1800,
+           "betas": (0.9, 0.99), "warmup_steps": 50, "lr_schedule": "cosine", "ema_decay": (0.99,), "steps": 1800,
            "stratified": True, "log_every": 25, "checkpoint_every": 600, "sample_every": 450, "sample_num": 80}
-_TINY = {"data": "mixture", "batch_size": 16, "lr": 1e-3, "ema_decay": 0.99, "steps": 200, "log_every": 10,
+_TINY = {"data": "mixture", "batch_size": 16, "lr": 1e-3, "ema_decay": (0.99,), "steps": 200, "log_every": 10,
          "checkpoint_every": 100, "sample_every": 100}
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from erdfast.config import TrainConfig
 from erdfast.data import Dataset
 from erdfast.models import Backbone
 from erdfast.process import Process
-from erdfast.training.checkpoint import load_checkpoint, newest_checkpoint
+from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
 from erdfast.training.precision import PrecisionPolicy, resolve_precision
 from erdfast.training.run_directory import load_run_config
 from erdfast.training.setup import build_network, open_data
+from erdfast.training.state import PUBLISHED_PROCESS
 
 
 class PublishedRun(NamedTuple):
@@ -42,16 +44,23 @@ def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
     # The back end of training may be missing here, and its choice is not what was trained.
     config = dataclasses.replace(load_run_config(run), attention="auto")
     policy = resolve_precision(precision, device)
-    prefix = "ema/process/"
-    checkpoint = load_checkpoint(newest_checkpoint(run), prefix)
+    checkpoint = newest_checkpoint(run)
     dataset = open_data(config)
     model = build_network(config, dataset)
     process = config.process.build()
-    learnt = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items()}
     try:
-        model.load_state_dict(checkpoint.model)
-        process.load_state_dict(learnt)
+        model.load_state_dict(read_model(checkpoint))
+        process.load_state_dict(_averaged_process(checkpoint, process))
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # PyTorch lists every name
-        raise ValueError(f"{newest_checkpoint(run)} does not fit {run / 'config.json'}: {reason}") from error
-    return PublishedRun(config, checkpoint.step, dataset, model.to(device).eval(), process.to(device), policy)
+        raise ValueError(f"{checkpoint} does not fit {run / 'config.json'}: {reason}") from error
+    return PublishedRun(config, int(checkpoint.name), dataset, model.to(device).eval(), process.to(device), policy)
+
+
+def _averaged_process(checkpoint: Path, process: Process) -> dict[str, Tensor]:
+    """The averaged target, in the shapes that the process has: single numbers are saved as vectors of one."""
+    learnt = read_tensors(checkpoint, PUBLISHED_PROCESS) or read_tensors(
+        checkpoint, "ema/process/"
+    )  # the latter: format 1
+    shapes = {name: value.shape for name, value in process.state_dict().items()}
+    return {name: value.reshape(shapes.get(name, value.shape)) for name, value in learnt.items()}

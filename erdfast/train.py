@@ -1,7 +1,11 @@
-"""`python -m erdfast.train`: train a diffusion transformer; without options, the handwritten digits."""
+"""`python -m erdfast.train`: train a diffusion transformer; without options, the handwritten digits.
+
+Under torchrun all its processes train together: `torchrun --nproc-per-node 8 -m erdfast.train --model uvit_h2 ...`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,51 +15,73 @@ import torch
 from erdfast import cli, presets
 from erdfast.config import TrainConfig
 from erdfast.models.flops import training_memory
+from erdfast.training.parallel import World, open_world
 from erdfast.training.precision import resolve_precision
 from erdfast.training.setup import check_attention, describe_network, network_config, open_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run; returns the exit code."""
-    config = cli.parse_train(argv)
-    config.validate()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve(config, device)
-    if config.dry_run:
-        print(dry_run(config))
-        return 0
-    from erdfast.training.run_directory import create_run_directory, lock_run, save_run_config
-    from erdfast.training.trainer import Trainer
-
-    if config.resume is None:
-        print(f"recipe {config.recipe}: {_summary(config)}")
-    dataset = open_data(config)
-    print(describe_network(config, dataset))
-    print(f"data: {dataset.describe()}")
-    check_attention(network_config(config, dataset), resolve_precision(config.precision, device).dtype, device)
-    run = create_run_directory(config) if config.resume is None else config.resume
-    with lock_run(run):
-        trainer = Trainer(config, dataset, run, device)
-        if config.resume is not None:
-            trainer.restore()
-            if trainer.step > config.steps:
-                raise ValueError(
-                    f"{run} is at step {trainer.step:,} already; --steps {config.steps:,} cannot undo that"
-                )
-            save_run_config(run, config)
-            print(f"resuming {run} at step {trainer.step:,} of {config.steps:,}")
-        signal = trainer.train()
-        if signal is not None:
-            print(
-                f"{signal} at step {trainer.step:,}: state saved; continue with python -m erdfast.train --resume {run}"
-            )
+    with open_world(device) as world:
+        config = cli.parse_train(argv, lambda here: world.any(world.is_main and here))
+        config.validate()
+        if config.dry_run:
+            print(dry_run(resolve(config, device)))
             return 0
-        print(f"summary: {trainer.finish()}")
-    _evaluate(config, run)
+        run = _train(config, world)
+    if run is not None and world.is_main:
+        _evaluate(config, run)
     return 0
 
 
-def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
+def _train(config: TrainConfig, world: World) -> Path | None:
+    """The run directory, once the run is at its last step; None if a signal ended it before."""
+    from erdfast.training.run_directory import create_run_directory, lock_run
+    from erdfast.training.trainer import Trainer
+
+    def say(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
+
+    config = resolve(config, world.device, say)
+    if config.resume is None:
+        say(f"recipe {config.recipe}: {_summary(config)}")
+    dataset = open_data(config)
+    say(describe_network(config, dataset))
+    say(f"data: {dataset.describe()}")
+    check_attention(
+        network_config(config, dataset), resolve_precision(config.precision, world.device).dtype, world.device
+    )
+    if config.resume is None:
+        run = Path(world.share_text(str(create_run_directory(config)) if world.is_main else ""))
+    else:
+        run = config.resume
+    with lock_run(run) if world.is_main else contextlib.nullcontext():
+        trainer = Trainer(config, dataset, run, world, say=say)
+        if config.resume is not None:
+            _resume(trainer, config, run, say)
+        say(f"{trainer.describe()}; run directory {run}")
+        signal = trainer.train()
+        if signal is not None:
+            say(f"{signal} at step {trainer.step:,}: state saved; continue with python -m erdfast.train --resume {run}")
+            return None
+        say(f"summary: {trainer.finish()}")
+    return run
+
+
+def _resume(trainer, config: TrainConfig, run: Path, say) -> None:
+    from erdfast.training.run_directory import save_run_config
+
+    trainer.restore()
+    if trainer.step > config.steps:
+        raise ValueError(f"{run} is at step {trainer.step:,} already; --steps {config.steps:,} cannot undo that")
+    if trainer.world.is_main:
+        save_run_config(run, config)
+    say(f"resuming {run} at step {trainer.step:,} of {config.steps:,}")
+
+
+def resolve(config: TrainConfig, device: torch.device, say=print) -> TrainConfig:
     """Decide what was left open: the data and the precision.
 
     Raises:
@@ -64,7 +90,7 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     shape = "x".join(map(str, presets.model_config(config.model).input_shape))
     precision = resolve_precision(config.precision, device).name
     if config.data is None:
-        print(f"no --data: training on the embedded Gaussian mixture, {shape}")
+        say(f"no --data: training on the embedded Gaussian mixture, {shape}")
     data = "mixture" if config.data is None else config.data
     if data not in ("", "digits", "mixture") and Path(data).exists():
         data = str(Path(data).resolve())  # a resumed run may start from another folder
@@ -93,7 +119,7 @@ def _summary(config: TrainConfig) -> str:
     return (
         f"{process.schedule} schedule, {process.target} target, {process.weighting} weighting; "
         f"batch {config.batch_size}, lr {optimizer.lr:g} {optimizer.lr_schedule}, "
-        f"betas {optimizer.betas}, EMA {optimizer.ema_decay}, "
+        f"betas {optimizer.betas}, EMA {config.ema.describe()}, "
         f"{config.steps:,} steps, {config.precision}, seed {config.seed}"
     )
 

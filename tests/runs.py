@@ -17,7 +17,8 @@ from torch import Tensor
 from erdfast import cli, presets
 from erdfast.config import TrainConfig
 from erdfast.data import Dataset
-from erdfast.training.checkpoint import load_checkpoint, newest_checkpoint
+from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
+from erdfast.training.parallel import World
 from erdfast.training.run_directory import create_run_directory
 from erdfast.training.setup import open_data
 from erdfast.training.trainer import Trainer
@@ -56,13 +57,14 @@ def tiny_trainer(run: Path, dataset: Dataset | None = None, **options) -> Traine
     config.validate()
     if not (run / "config.json").exists():
         create_run_directory(config)
-    return Trainer(config, dataset or open_data(config), run, torch.device("cpu"), say=lambda _line: None)
+    world = World(device=torch.device("cpu"))
+    return Trainer(config, dataset or open_data(config), run, world, say=lambda _line: None)
 
 
 def all_tensors(run: Path) -> dict[str, Tensor]:
     """Weights, moments and averages of the newest checkpoint."""
-    checkpoint = load_checkpoint(newest_checkpoint(run))
-    return checkpoint.tensors | {f"model/{name}": value for name, value in checkpoint.model.items()}
+    checkpoint = newest_checkpoint(run)
+    return read_tensors(checkpoint, "") | {f"model/{name}": value for name, value in read_model(checkpoint).items()}
 
 
 def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

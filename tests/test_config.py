@@ -14,6 +14,7 @@ import pytest
 
 from erdfast import cli, config, presets
 from erdfast.config import (
+    EmaConfig,
     EvaluateConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -22,8 +23,8 @@ from erdfast.config import (
     TrainConfig,
 )
 
-CONFIGS = [ProcessConfig, OptimizerConfig, PreviewConfig, TrainConfig, SampleConfig, EvaluateConfig]
-GROUPS = {"process", "optimizer", "preview"}
+CONFIGS = [ProcessConfig, OptimizerConfig, EmaConfig, PreviewConfig, TrainConfig, SampleConfig, EvaluateConfig]
+GROUPS = {"process", "optimizer", "ema", "preview"}
 
 
 def documented(config_type: type) -> dict[str, str]:
@@ -93,8 +94,8 @@ def test_json_round_trip(name):
     [
         ("", "Expecting value"),
         ("[1]", "list"),
-        ("{}", "'process'"),
-        ('{"process": {"nonsense": 1}}', "nonsense"),
+        ("{}", "'optimizer'"),
+        ('{"ema": {}, "process": {"nonsense": 1}}', "nonsense"),
         ("null", "NoneType"),
     ],
 )
@@ -144,7 +145,11 @@ LIMITS = {
         "weight_decay": ([-0.1, NAN, INF], [0.0, 1.0]),
         "warmup_steps": ([-1], [0, 10**9]),
         "grad_clip": ([-1.0, NAN, INF], [0.0, 5.0]),
-        "ema_decay": ([1.0, -0.1, NAN], [0.0, 0.999999]),
+    },
+    EmaConfig: {
+        "ema_decay": ([(1.0,), (0.9, -0.1), (NAN,)], [(0.0,), (0.9, 0.999999)]),
+        "ema_std": ([(0.009,), (0.1, 0.26), (NAN,)], [(), (0.01, 0.25)]),
+        "ema_snapshot_every": ([-1], [0, 1000]),
     },
     PreviewConfig: {
         "sample_every": ([-1], [0, 1]),
@@ -161,6 +166,7 @@ LIMITS = {
         "log_every": ([0], [1]),
         "checkpoint_every": ([0], [1]),
         "keep_last": ([0], [1]),
+        "keep_every": ([-1], [0, 1]),
     },
     SampleConfig: {
         "num": ([0, -1], [1]),
@@ -212,7 +218,8 @@ def test_limits(config_type, name):
     for value in bad:
         with pytest.raises(ValueError, match=name) as caught:
             check(config_type, **{**context, name: value})
-        assert str(value) in str(caught.value)
+        wrong = value[-1] if name in ("ema_decay", "ema_std") else value  # the one that is named
+        assert str(wrong) in str(caught.value)
 
 
 def test_groups_are_checked_with_the_run():

@@ -35,11 +35,12 @@ ALLOWED["erdfast.training"] = {
     "tqdm",
     "matplotlib",
     "PIL",
+    "wandb",
     "erdfast",
     *(name for name in ALLOWED if name not in ("erdfast.kernels", "erdfast.evaluation")),
 }
 ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run", "erdfast.train", "erdfast.sample", "erdfast.evaluate"}
-EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard"}
+EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard", "wandb"}
 """Optional dependencies: imported where they are used, never when a module is."""
 
 

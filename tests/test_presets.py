@@ -9,7 +9,7 @@ from erdfast.config import TrainConfig
 from erdfast.presets import MODELS, RECIPES, recipe, recipe_of_model
 from tests.test_config import CONFIGS
 
-FIELDS = {field.name: field for kind in CONFIGS[:4] for field in dataclasses.fields(kind)}
+FIELDS = {field.name: field for kind in CONFIGS[:5] for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -21,7 +21,11 @@ def test_recipes_are_runs(name):
     assert config.model in MODELS
     for key, value in recipe(name).items():
         group = next(
-            (getattr(config, g) for g in ("process", "optimizer", "preview") if hasattr(getattr(config, g), key)),
+            (
+                getattr(config, g)
+                for g in ("process", "optimizer", "ema", "preview")
+                if hasattr(getattr(config, g), key)
+            ),
             config,
         )
         assert getattr(group, key) == value
@@ -45,7 +49,7 @@ def test_published_settings(name):
         0,
         0,
     )
-    assert (optimizer.ema_decay, optimizer.grad_clip) == (0.9999, 0)
+    assert (config.ema.ema_decay, optimizer.grad_clip) == ((0.9999,), 0)
     assert optimizer.betas == ((0.99, 0.99) if config.model.startswith("uvit") else (0.9, 0.999))
 
 

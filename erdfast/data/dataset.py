@@ -39,13 +39,18 @@ class Dataset(ABC):
     num_classes: int
     """Number of labels; 0 for data without labels."""
 
+    has_flips: bool = False
+    """Whether samples can be had mirrored: pixels, and latents that are stored with their mirror images."""
+
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples."""
 
     @abstractmethod
-    def gather(self, indices: Tensor) -> Batch:
+    def gather(self, indices: Tensor, flips: Tensor | None = None) -> Batch:
         """The samples at `indices` ((B,) int64 on the CPU, 0..N-1, repeats allowed), in that order.
+
+        `flips`, (B,) bool, says which are mirrored from left to right, where `has_flips`.
 
         Raises:
             ValueError: indices of another type, or not on the CPU.

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from erdfast.philox import domain_seed, philox_words
+from erdfast.philox import domain_seed, philox_words, uniform
 
 _ORDER_LANE = 0xFFFFFFFF
 """The position word of the Philox counter. No sample has 2^34 elements, so the words of the mixture's noise
@@ -48,6 +48,17 @@ def batch_indices(
         parts.append(epoch_permutation(seed, epoch, n)[position : position + taken])
         start, count = start + taken, count - taken
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def batch_flips(seed: int, step: int, batch: int, *, rank_offset: int = 0, count: int | None = None) -> Tensor:
+    """Which samples of a step's batch are mirrored: a fair coin each, a function of (seed, step, place in the batch).
+
+    Returns:
+        (count,) bool on the CPU; arguments as in `batch_indices`.
+    """
+    count = batch - rank_offset if count is None else count
+    numbers = step * batch + rank_offset + torch.arange(count, dtype=torch.int64)
+    return uniform(seed, 0, numbers, "flip") < 0.5
 
 
 @lru_cache(maxsize=4)  # a batch straddles two epochs; training and validation data may alternate

@@ -109,15 +109,34 @@ class AdamWEma(torch.optim.Optimizer):
                     step = torch.as_tensor(moments["step"], dtype=torch.float32, device=param.device)
                     moments["step"] = step.reshape(())
 
+    def set_ema_decays(self, decays: Sequence[float]) -> None:
+        """Decays of the averages from the next step on, in their order.
+
+        Raises:
+            ValueError: another number of them, or one outside [0, 1).
+        """
+        check_decays(decays)
+        if len(decays) != len(self.emas):
+            raise ValueError(f"{len(decays)} decays for {len(self.emas)} averages")
+        self.emas = [(tensors, decay) for (tensors, _), decay in zip(self.emas, decays, strict=True)]
+
     @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim does: addresses cannot be traced
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # closure as in torch, the rest is new
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]  # closure as in torch, the rest is new
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+    ) -> Any:
         """One step of AdamW, then of the averages and copies.
 
         Args:
             closure: called first, with gradients enabled; its result is returned.
             max_norm: clip the norm of all (unscaled) gradients together to this, as torch's clip_grad_norm_ does; the
                 norm before is then in `grad_norm`. Infinity measures without clipping.
+            skip_nonfinite: leave parameters and moments as they are where that norm is not finite, which `max_norm`
+                must then ask for; the device decides, and the host does not wait. Averages go on.
 
         Raises:
             ValueError: gradients or state that a kernel cannot take; the message says which.
@@ -144,6 +163,11 @@ class AdamWEma(torch.optim.Optimizer):
             self.grad_norm = self._norm(params, tensors, backend)
             if grad_scale is not None:
                 self.grad_norm = self.grad_norm / grad_scale
+        if skip_nonfinite:
+            if self.grad_norm is None:
+                raise ValueError("skip_nonfinite judges by the norm: give max_norm, infinity for no clipping")
+            bad = (~torch.isfinite(self.grad_norm)).to(torch.float32)
+            found_inf = bad if found_inf is None else torch.maximum(found_inf, bad)
         clips = max_norm is not None and max_norm < math.inf
         rates = [_rate(group["lr"]) for group in self.param_groups]
         options = StepOptions(

@@ -170,7 +170,7 @@ class Process(Tables):
         *,
         seed: philox.Integer,
         step: philox.Integer,
-        rank_offset: int = 0,
+        rank_offset: philox.Integer = 0,
         global_batch: int | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
@@ -182,7 +182,7 @@ class Process(Tables):
             batch: samples on this rank, at least 1.
             seed, step: ints in 0..2^64-1 and 0..2^32-1, or 0-d int64 tensors on the process's device: nothing is
                 read back, and a compiled step is not compiled anew for each value.
-            rank_offset: index of this rank's first sample in the global batch.
+            rank_offset: index of this rank's first sample in the global batch; a 0-d int64 tensor there is not checked.
             global_batch: its size; needed if stratified.
             device: must be the process's device, which is also the default.
 
@@ -193,9 +193,10 @@ class Process(Tables):
             ValueError: sizes that do not fit, a missing global_batch, another device, or a seed or step out of
                 range.
         """
-        if batch < 1 or rank_offset < 0:
+        known = not isinstance(rank_offset, Tensor)
+        if batch < 1 or (known and rank_offset < 0):
             raise ValueError(f"batch={batch} must be at least 1 and rank_offset={rank_offset} at least 0")
-        if global_batch is not None and rank_offset + batch > global_batch:
+        if known and global_batch is not None and rank_offset + batch > global_batch:
             raise ValueError(f"rank_offset={rank_offset} + batch={batch} exceed global_batch={global_batch}")
         if self.stratified and global_batch is None:
             raise ValueError("stratified times need global_batch, the number of samples over all ranks")

@@ -1,9 +1,16 @@
-"""SIGTERM and Ctrl-C end a run after the step in hand, so that its state can be saved."""
+"""SIGTERM and Ctrl-C end a run after a step in hand, the same one in all processes, so that its state can be saved."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
@@ -15,7 +22,7 @@ class Interrupt:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -30,3 +37,36 @@ class Interrupt:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._restore()
+
+
+class Vote:
+    """Whether any process has been told to stop, without waiting: what is sent in one step is read in the next.
+
+    Signals reach the processes of a run in different steps; who stopped alone would leave the others waiting for ever.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._alone = world_size == 1
+        self._flag: Tensor | None = None
+        self._sending: Any = None
+
+    def poll(self, received: str | None) -> str | None:
+        """Once per step in every process: the signal that all of them stop for now, if any."""
+        if self._alone:
+            return received
+        stop = self._read()
+        number = 0 if received is None else int(signal.Signals[received])
+        self._flag = torch.tensor(number, dtype=torch.int32)  # on the host: the device does not wait
+        self._sending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        return stop
+
+    def close(self) -> None:
+        """Take back what is under way; all processes call it after the same step."""
+        self._read()
+
+    def _read(self) -> str | None:
+        if self._sending is None or self._flag is None:
+            return None
+        self._sending.wait()
+        self._sending, number = None, int(self._flag)
+        return signal.Signals(number).name if number else None

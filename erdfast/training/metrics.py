@@ -29,14 +29,22 @@ class MetricsWriter:
     Args:
         path: the jsonl file; it and its folder are made if need be.
         tensorboard: folder for TensorBoard's files as well; None writes none.
+        wandb: project of Weights & Biases that receives the numbers as well, over the network; None writes none.
 
     Raises:
-        ImportError: TensorBoard is wanted but not installed.
+        ImportError: TensorBoard or Weights & Biases are wanted but not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, tensorboard: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tensorboard: str | os.PathLike[str] | None = None,
+        wandb: str | None = None,
+    ) -> None:
         self.path = Path(path)
         self._tensorboard_folder = tensorboard
+        self._wandb = None if wandb is None else _open_wandb(wandb, self.path.parent)
         self._board = None if tensorboard is None else _open_tensorboard(tensorboard, None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self.path)
@@ -45,16 +53,24 @@ class MetricsWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record of numbers, strings, lists, and tensors or NumPy values (read here: on the host).
 
-        Numbers that are not finite are written as null, which every JSON reader accepts. TensorBoard receives
-        each plain number under its name, at the record's "step".
+        Numbers that are not finite are written as null, which every JSON reader accepts. TensorBoard and Weights &
+        Biases receive each plain number under its name, at the record's "step".
         """
         plain = {key: _plain(value) for key, value in record.items()}
         self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
         self._stream.flush()
-        if self._board is not None and "step" in plain:
-            for key, value in plain.items():
-                if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar(key, value, plain["step"])
+        if "step" not in plain:
+            return
+        numbers = {
+            key: value
+            for key, value in plain.items()
+            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, plain["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=plain["step"])
 
     def truncate_after(self, step: int) -> int:
         """Forget the records with a "step" beyond `step`, which a resumed run will write again; returns how
@@ -78,6 +94,8 @@ class MetricsWriter:
         self._stream.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -182,3 +200,12 @@ def _open_tensorboard(folder: str | os.PathLike[str], purge_step: int | None):
     except ImportError as error:
         raise ImportError("TensorBoard logs need tensorboard: run `pip install erdfast[logging]`") from error
     return SummaryWriter(os.fspath(folder), purge_step=purge_step)
+
+
+def _open_wandb(project: str, run: Path):
+    """The same run again where this one continues: its id is the directory's name."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("logging to Weights & Biases needs wandb: run `pip install wandb`") from error
+    return wandb.init(project=project, name=run.name, id=run.resolve().name, dir=str(run), resume="allow")

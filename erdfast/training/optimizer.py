@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from erdfast.config import OptimizerConfig
 from erdfast.ops.optimizer import AdamWEma
+
+from .ema import Ema
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -22,38 +24,23 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, averages: Sequence[Tensor] = ()
-) -> AdamWEma:
-    """AdamW in the order of `parameters`; it also moves their `averages` (see ema.py), in the same pass over memory."""
-    return AdamWEma(
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, ema: Ema) -> AdamWEma:
+    """AdamW in the order of `parameters`; it also moves their averages, in the same pass over memory.
+
+    AdamW's state, which otherwise appears with the first gradient, is there at once: a checkpoint fills it.
+    """
+    optimizer = AdamWEma(
         list(parameters.values()),
         lr=config.lr,
         betas=config.betas,
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
-        emas=[(averages, config.ema_decay)] if averages else (),
+        emas=list(zip(ema.averages, ema.decays(0), strict=True)),
     )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors named `<parameter>/<moment>`; empty before the first step."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` returned."""
-    for name, parameter in parameters.items():
-        state = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        if state:
-            optimizer.state[parameter] = {
-                # AdamW keeps its step counter as a 0-d float32 tensor, its moments like the parameter.
-                key: value.to(parameter.device).clone()
-                for key, value in state.items()
-            }
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
+        }
+    return optimizer

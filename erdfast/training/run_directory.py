@@ -8,7 +8,11 @@ import json
 import os
 import platform
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +107,35 @@ def lock_run(run: Path) -> Iterator[None]:
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions and hardware, for the record."""
+    """Versions, hardware and the command line, for the record."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "erdfast": erdfast.__version__,
+        "commit": _commit(),
+        "command": shlex.join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": str(torch.version.cuda),
         "numpy": np.__version__,
         "device": device,
+        "processes": os.environ.get("WORLD_SIZE", "1"),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """Of the checkout that this package runs from; "unknown" where it is installed."""
+    here = Path(erdfast.__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"

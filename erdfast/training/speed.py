@@ -30,13 +30,17 @@ class Speedometer:
     Args:
         device: what works.
         flops_per_image: forward and backward.
+        devices: how many of them work together.
     """
 
-    def __init__(self, device: torch.device, flops_per_image: float) -> None:
-        self.flops_per_image, self.peak = flops_per_image, peak_flops(device)
+    def __init__(self, device: torch.device, flops_per_image: float, devices: int = 1) -> None:
+        peak = peak_flops(device)
+        self.flops_per_image, self.peak = flops_per_image, None if peak is None else devices * peak
         self.elapsed = 0.0
         """Seconds of training so far, without pauses."""
-        self._images = self._total_images = 0
+        self.total_images = 0
+        """Counted so far."""
+        self._images = 0
         self._start = time.monotonic()
         self._window = 0.0
 
@@ -47,7 +51,7 @@ class Speedometer:
         self.elapsed += now - self._start
         self._start = now
         self._images += images
-        self._total_images += images
+        self.total_images += images
 
     def pause(self) -> None:
         """What happened since the last step was not training."""
@@ -62,7 +66,7 @@ class Speedometer:
     @property
     def flops_per_s(self) -> float:
         """Achieved over the whole run."""
-        return self._total_images * self.flops_per_image / self.elapsed if self.elapsed else 0.0
+        return self.total_images * self.flops_per_image / self.elapsed if self.elapsed else 0.0
 
     def describe(self, record: dict[str, Any]) -> str:
         """For the progress bar: loss, images/s and, on a known GPU, MFU."""

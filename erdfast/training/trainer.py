@@ -1,36 +1,44 @@
-"""The training loop on one device: steps, metrics, pictures, checkpoints."""
+"""The training loop: steps, metrics, pictures, checkpoints, in one process or in many."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from erdfast.config import TrainConfig
-from erdfast.data import Batch, Dataset, batch_indices
+from erdfast.data import Dataset
+from erdfast.data.loader import Loader
 from erdfast.models import Backbone
-from erdfast.models.flops import training_flops
+from erdfast.models.flops import training_flops, training_memory
 from erdfast.process import Process
 
-from .checkpoint import Checkpoint, checkpoint_path, load_checkpoint, newest_checkpoint, publish, save_checkpoint
+from .checkpoint import CheckpointWriter, load_into
+from .checkpoint_files import checkpoint_path, find_newest, newest_checkpoint, publish
 from .ema import Ema
+from .graph import GraphedMicroBatch, MicroBatch, check_graph
 from .health import Health, check_weights
-from .interrupt import Interrupt
+from .interrupt import Interrupt, Vote
 from .metrics import LossByLogsnr, MetricsWriter, read_metrics
-from .optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from .optimizer import build_optimizer, learning_rate
+from .parallel import World, average_gradients, choose_mode, communicating, replicate, shard
 from .precision import PrecisionPolicy, resolve_precision
 from .preview import Preview, write_summary
+from .recompute import apply_recompute
 from .setup import build_network
 from .speed import Speedometer
-from .step import DiffusionStep
+from .state import MODEL, Averaged, state_tensors, trained
+from .step import DiffusionStep, StepResult, compile_step
 
 PATIENCE_S = 60.0
 """Pictures that would take longer than this, or than a tenth of the training so far, are left to erdfast.sample."""
@@ -43,54 +51,92 @@ class Trainer:
         config: all options, resolved: `data` and `precision` are not left open.
         dataset: what is trained on.
         run: the run directory; it exists.
-        device: where.
-        say: prints a line for people.
+        world: this process and the others.
+        say: prints a line for people; called by the first process alone.
+
+    Raises:
+        ValueError: options that do not go together here.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, run: Path, device: torch.device, say=print) -> None:
-        self.config, self.dataset, self.run, self.device, self.say = config, dataset, run, device, say
-        self.precision: PrecisionPolicy = resolve_precision(config.precision, device)
-        torch.manual_seed(config.seed)
-        self.model = build_network(config, dataset).to(device)
-        self.process: Process = config.process.build().to(device)
-        # Learnable targets are trained, averaged and saved with the network.
-        self.trained = nn.ModuleDict({"model": self.model, "process": self.process})
-        self.parameters = {n: p for n, p in self.trained.named_parameters() if p.requires_grad}
-        self.ema = Ema(self.trained)
-        self.optimizer = build_optimizer(self.parameters, config.optimizer, self.ema.averages)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.name == "fp16")
+    def __init__(self, config: TrainConfig, dataset: Dataset, run: Path, world: World, say=print) -> None:
+        self.config, self.dataset, self.run, self.world = config, dataset, run, world
+        self.device = world.device
+        self.say = say if world.is_main else lambda _line: None
+        self.precision: PrecisionPolicy = resolve_precision(config.precision, self.device)
+        self.parts = micro_batches(config, world)
+        self._build_network()
+        self._build_optimizer()
+        seed_args = {"seed": config.seed, "batch_size": config.batch_size, "parts": self.parts}
+        self.loader = Loader(
+            dataset, **seed_args, device=self.device, flip=config.flip, cache=config.cache, say=self.say
+        )
+        self.loss_by_logsnr = LossByLogsnr(device=self.device)
+        self.health = Health(world, stop=config.on_nonfinite == "stop")
+        self.preview = Preview(config.preview, dataset, self.averaged.process, self.precision)
+        self.speed = Speedometer(self.device, training_flops(self.model.config), world.size)
+        self.writer = CheckpointWriter(
+            run / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every, world=world
+        )
         self.step = 0
+        self._saved: int | None = None
+        """The step of the newest checkpoint that is written or being written."""
+        self._warned: set[str] = set()
+
+    def _build_network(self) -> None:
+        config, device = self.config, self.device
+        torch.manual_seed(config.seed)  # the same weights in every process
+        self.model: Backbone = build_network(config, self.dataset).to(device)
+        self.process: Process = config.process.build().to(device)
         self.diffusion = DiffusionStep(
-            self._compiled(self.model),
+            self.model,
             self.process,
-            num_classes=self.model.num_classes,
             seed=config.seed,
             global_batch=config.batch_size,
             label_drop=config.label_drop if self.model.num_classes else 0.0,
             precision=self.precision,
             device=device,
         )
-        self.loss_by_logsnr = LossByLogsnr(device=device)
-        self.health = Health(device)
-        self.preview = Preview(config.preview, dataset, self.ema_process, self.precision)
-        self.speed = Speedometer(device, training_flops(self.model.config))
-        self._warned: set[str] = set()
+        memory = training_memory(self.model.config, self.parts[0][1], self.precision.name).total
+        self.mode = choose_mode(config.parallel, self.world, memory)
+        apply_recompute(self.model, config.recompute)
+        self.compiled = resolve_compile(config.compile, self.mode, device)
+        if self.compiled != "none":
+            warm_cache(self.run)
+        compile_step(self.diffusion, self.compiled)
+        shard(self.model, self.mode, self.world, self.precision)
+        self.replica = replicate(
+            self.diffusion, self.mode, self.world, accumulation=config.accumulation, compress=config.ddp_bf16
+        )
+        numbers = [offset for offset, _ in self.parts]
+        self._offsets = torch.tensor(numbers, dtype=torch.int64, device=device).unbind()
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
 
-    @property
-    def ema_model(self) -> Backbone:
-        """The averaged network."""
-        return self.ema.module["model"]  # pyright: ignore[reportIndexIssue, reportReturnType]  # a copy of `trained`
+    def _build_optimizer(self) -> None:
+        config = self.config
+        # Learnable targets are trained, averaged and saved with the network.
+        self.parameters = trained(self.diffusion)
+        self.ema = Ema(self.parameters, config.ema)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer, self.ema)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.name == "fp16")
+        if self.scaler.is_enabled() and self.mode in ("fsdp", "hsdp"):
+            raise ValueError(
+                f"precision fp16 has no loss scale under {self.mode}; choose precision bf16, or parallel ddp"
+            )
+        self._micro_batch: MicroBatch = self._forward_backward
+        if config.cuda_graph:
+            check_graph(self.device, self.mode, config.accumulation)
+            self._micro_batch = GraphedMicroBatch(self._forward_backward, [*self.parameters.values()], self.replica)
+        averages = self.ema.averages[self.ema.primary]
+        self.averaged = Averaged(self._fresh_modules, self.parameters, averages, self.world)
 
-    @property
-    def ema_process(self) -> Process:
-        """The process with the averaged learnable target."""
-        return self.ema.module["process"]  # pyright: ignore[reportIndexIssue, reportReturnType]  # a copy of `trained`
+    def _fresh_modules(self) -> tuple[Backbone, Process]:
+        return build_network(self.config, self.dataset).to(self.device), self.config.process.build().to(self.device)
 
-    def _compiled(self, model: Backbone) -> nn.Module:
-        if self.config.compile == "none":
-            return model
-        mode = None if self.config.compile == "default" else "max-autotune-no-cudagraphs"
-        return torch.compile(model, mode=mode, dynamic=False)  # pyright: ignore[reportReturnType]  # wraps a module
+    def describe(self) -> str:
+        """How the work is shared and compiled: "ddp on 8 processes, 32 images each, bf16, compile block"."""
+        share = f"{self.parts[0][1]} images each" + (f" in {len(self.parts)} parts" if len(self.parts) > 1 else "")
+        where = "one process" if self.world.size == 1 else f"{self.mode} on {self.world.size} processes"
+        return f"{where}, {share}, {self.precision.name}, compile {self.compiled}"
 
     # ------------------------------------------------------------------ the loop
 
@@ -105,26 +151,39 @@ class Trainer:
             OSError: the final state cannot be written.
         """
         config = self.config
-        with Interrupt() as interrupt, MetricsWriter(self.run / "metrics.jsonl", tensorboard=self._board()) as writer:
-            writer.truncate_after(self.step)
+        with contextlib.ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
+            stack.enter_context(contextlib.closing(self.loader))
+            log = stack.enter_context(self._metrics()) if self.world.is_main else None
+            bar = stack.enter_context(self._progress_bar())
+            stack.callback(self._is_written)  # whatever ends the run
+            vote = Vote(self.world.size)
             self.speed.pause()
-            with self._progress_bar() as bar:
-                while self.step < config.steps and interrupt.received is None:
-                    grad_norm = self._train_step()
-                    bar.update()
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        record = self._log(writer, grad_norm)
-                        bar.set_postfix_str(self.speed.describe(record), refresh=False)
-                    elif self.device.type == "cpu":
-                        self.health.check(self._newest)
-                    if self.step < config.steps:
-                        self._maybe_preview()
-                        if self.step % config.checkpoint_every == 0:
-                            self._save_or_warn()
-            if complete_step(self.run) != self.step:
-                self.health.check(self._newest)
-                self.save()
-        return interrupt.received if self.step < config.steps else None
+            signal = None
+            while self.step < config.steps and signal is None:
+                self._one_step(log, bar)
+                signal = vote.poll(interrupt.received)
+            vote.close()
+            self._save_last()
+        return signal if self.step < config.steps else None
+
+    def _one_step(self, log: MetricsWriter | None, bar: tqdm) -> None:
+        """A step, and what is due after it."""
+        config, first = self.config, self.speed.total_images == 0
+        begun = time.monotonic()
+        grad_norm = self._train_step()
+        if first:
+            self._say_first_step(begun)
+        bar.update()
+        if self.step % config.log_every == 0 or self.step == config.steps:
+            record = self._log(log, grad_norm)
+            bar.set_postfix_str(self.speed.describe(record), refresh=False)
+        elif self.device.type == "cpu" and self.world.size == 1:
+            self.health.check(self._newest)
+        if self.step < config.steps:
+            self._maybe_preview()
+            if self.step % config.checkpoint_every == 0:
+                self._save_or_warn()
 
     def _train_step(self) -> Tensor | None:
         """One optimiser step; returns the gradient norm before clipping where it was computed."""
@@ -132,127 +191,164 @@ class Trainer:
         lr = learning_rate(config.optimizer, step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.diffusion.step.fill_(step)
-        micro = config.batch_size // config.accumulation
+        self.optimizer.set_ema_decays(self.ema.decays(step))
+        self._step.fill_(step)
         total = torch.zeros((), device=self.device)
-        for part in range(config.accumulation):
-            result = self.diffusion(self._batch(part * micro, micro), part * micro)
-            self.scaler.scale(result.loss / config.accumulation).backward()
-            total += result.loss.detach() / config.accumulation
+        for part, offset in enumerate(self._offsets):
+            x, y, moments_scale = self.loader.batch(step, part)
+            with communicating(self.replica, self.model, last=part == len(self.parts) - 1):
+                result = self._micro_batch(x, y, offset, moments_scale)
+            total += result.loss.detach() / len(self.parts)
             self.loss_by_logsnr.update(result.logsnr, result.mse)
             self.health.update(step, result)
-        self.scaler.step(self.optimizer, max_norm=self._max_norm())  # moves the averages too
+        if self.mode in ("fsdp", "hsdp"):
+            average_gradients([p for name, p in self.parameters.items() if not name.startswith(MODEL)], self.world)
+        skip = {"skip_nonfinite": True} if config.on_nonfinite == "skip" else {}
+        self.scaler.step(self.optimizer, max_norm=self._max_norm(), **skip)  # moves the averages too
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.health.add_loss(total)
+        if isinstance(self._micro_batch, GraphedMicroBatch):
+            self._micro_batch.zero_gradients()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.health.add_step(total, self.optimizer.grad_norm)
         self.step += 1
         self.speed.add(config.batch_size)
         return self.optimizer.grad_norm
 
-    def _batch(self, offset: int, count: int) -> Batch:
-        config = self.config
-        indices = batch_indices(
-            config.seed, self.step, config.batch_size, len(self.dataset), rank_offset=offset, count=count
-        )
-        batch = self.dataset.gather(indices)
-        if self.device.type == "cuda":  # only copies from pinned memory leave the host free
-            batch = Batch(batch.x.pin_memory(), batch.y.pin_memory(), batch.moments_scale)
-        x, y = (part.to(self.device, non_blocking=True) for part in batch[:2])
-        return Batch(x, y, batch.moments_scale)
+    def _forward_backward(self, x: Tensor, y: Tensor, offset: Tensor, moments_scale: float | None) -> StepResult:
+        result: StepResult = self.replica(x, y, self._step, offset, moments_scale)
+        self.scaler.scale(result.loss / len(self.parts)).backward()
+        return result
 
     def _max_norm(self) -> float | None:
         """What the gradient is clipped to; infinity only measures its norm, None is for steps that need none."""
         clip, done = self.config.optimizer.grad_clip, self.step + 1
         if clip:
             return clip
-        return math.inf if done % self.config.log_every == 0 or done >= self.config.steps else None
+        wanted = done % self.config.log_every == 0 or done >= self.config.steps or not self.health.stop
+        return math.inf if wanted else None
+
+    def _say_first_step(self, begun: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        compiled = "" if self.compiled == "none" else f", torch.compile ({self.compiled}) included"
+        self.say(f"first step: {time.monotonic() - begun:.1f} s{compiled}")
+        self.speed.pause()
 
     # ------------------------------------------------------------------ what it leaves behind
 
-    def _log(self, writer: MetricsWriter, grad_norm: Tensor | None) -> dict[str, Any]:
+    def _log(self, writer: MetricsWriter | None, grad_norm: Tensor | None) -> dict[str, Any]:
         """One line of metrics; the only place of a step where the host waits for the device."""
         self.health.check(self._newest)
-        losses, counts = self.loss_by_logsnr.read_and_reset()
+        by_level, counts = self.loss_by_logsnr.read_and_reset(self.world.all_reduce)
+        losses = self.health.read()
         record: dict[str, Any] = {
             "step": self.step,
-            "loss": self.health.read_mean_loss(),
+            "loss": losses.mean,
+            "loss_max": losses.largest,
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "lr": learning_rate(self.config.optimizer, self.step - 1, self.config.steps),
             "images_per_s": self.speed.read(),
             "total_nimg": self.step * self.config.batch_size,
-            "loss_by_logsnr": losses,
+            "skipped_steps": losses.skipped,
+            "loss_by_logsnr": by_level,
             "count_by_logsnr": counts,
         }
         record |= {name: value.tolist() for name, value in self.process.target_values().items()}
-        with self._going_on("metrics.jsonl"):
-            writer.write(record)
+        if line := self.health.spike(losses):
+            self.say(f"step {self.step:,}: {line}")
+        if writer is not None:
+            with self._going_on("metrics.jsonl"):
+                writer.write(record)
         return record
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[MetricsWriter]:
+        with MetricsWriter(self.run / "metrics.jsonl", tensorboard=self._board(), wandb=self.config.wandb) as writer:
+            writer.truncate_after(self.step)
+            yield writer
 
     def _maybe_preview(self) -> None:
         every = self.config.preview.sample_every
-        if every and self.step % every == 0 and self._affordable():
-            with self._going_on("pictures"):
-                self.preview.save(self.run / "samples" / f"{self.step:08d}.png", self.preview.draw(self.ema_model))
-            self.speed.pause()
+        if not every or self.step % every:
+            return
+        if self._affordable():
+            self.averaged.refresh()
+            if self.world.is_main:
+                with self._going_on("pictures"):
+                    images = self.preview.draw(self.averaged.model)
+                    self.preview.save(self.run / "samples" / f"{self.step:08d}.png", images)
+        self.speed.pause()
 
     def _affordable(self) -> bool:
-        seconds = self.preview.cost(self.ema_model) / max(self.speed.flops_per_s, 1.0)
-        if seconds <= max(PATIENCE_S, 0.1 * self.speed.elapsed):
-            return True
-        self._say_once(
-            f"no pictures: {self.config.preview.sample_num} samples would take about {seconds / 60:.0f} min here; "
-            f"later: python -m erdfast.sample --run {self.run}"
-        )
-        return False
+        """The first process decides for all."""
+        seconds = self.preview.cost(self.averaged.model) / max(self.speed.flops_per_s / self.world.size, 1.0)
+        short = seconds <= max(PATIENCE_S, 0.1 * self.speed.elapsed)
+        if not short:
+            self._say_once(
+                f"no pictures: {self.config.preview.sample_num} samples would take about {seconds / 60:.0f} min here; "
+                f"later: python -m erdfast.sample --run {self.run}"
+            )
+        return self.world.any(self.world.is_main and short)
 
     def finish(self) -> Path:
-        """Publish the averaged weights and draw summary.png; returns the picture's path."""
-        publish(checkpoint_path(self.run, self.step), self.run)
+        """Publish the averaged weights and draw summary.png; returns the picture's path. All processes call it."""
         images = None
-        if self.config.preview.sample_every and self._affordable():
-            images = self.preview.draw(self.ema_model)
-            self.preview.save(self.run / "samples" / f"{self.step:08d}.png", images)
-        title = (
-            f"{self.config.model} on {self.config.data}: {self.step:,} steps, {self.config.process.weighting} weighting"
-        )
-        write_summary(self.run, read_metrics(self.run / "metrics.jsonl"), images, self.preview, title)
+        draws = bool(self.config.preview.sample_every) and self._affordable()
+        if draws:
+            self.averaged.refresh()
+        if self.world.is_main:
+            publish(checkpoint_path(self.run, self.step), self.run)
+            if draws:
+                images = self.preview.draw(self.averaged.model)
+                self.preview.save(self.run / "samples" / f"{self.step:08d}.png", images)
+            config = self.config
+            title = f"{config.model} on {config.data}: {self.step:,} steps, {config.process.weighting} weighting"
+            write_summary(self.run, read_metrics(self.run / "metrics.jsonl"), images, self.preview, title)
+        self.world.barrier()
         return self.run / "summary.png"
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment.
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint of this moment, in the background unless `wait`.
 
         Raises:
             NonFiniteError: the weights are not finite; older checkpoints are untouched.
-            OSError: it cannot be written; older checkpoints are untouched.
+            OSError: it, or the one before, could not be written; older checkpoints are untouched.
         """
-        check_weights([*self.trained.parameters(), *self.ema.module.parameters()], self.step, self._newest)
-        tensors = {f"weights/{name}": value for name, value in self.trained.state_dict().items()}
-        optimizer = optimizer_tensors(self.optimizer, self.parameters)
-        tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
-        averages = {f"process/{name}": value for name, value in self.ema_process.state_dict().items()}
-        tensors |= {f"ema/{name}": value for name, value in averages.items()}
-        path = save_checkpoint(
-            self.run / "checkpoints",
+        averages = [average for group in self.ema.averages for average in group]
+        check_weights([*self.parameters.values(), *averages], self.step, self.world, self._newest)
+        self.averaged.refresh()
+        self.writer.save(
             self.step,
-            tensors=tensors,
-            model=self.ema_model.state_dict(),
-            numbers={"scaler": self.scaler.state_dict()},
-            keep_last=self.config.keep_last,
+            state_tensors(self.diffusion, self.optimizer, self.ema) | self.averaged.process_tensors(),
+            self.averaged.model_tensors(),
+            {"scaler": self.scaler.state_dict()},
+            wait=wait,
         )
+        self._saved = self.step
         self.speed.pause()
-        return path
 
     def _save_or_warn(self) -> None:
         self.health.check(self._newest)
+        self._is_written()  # or has been said not to be
+        self.save()
+
+    def _is_written(self) -> bool:
+        """Wait for the checkpoint in hand, if there is one; a full disk is no reason to lose what is trained."""
         try:
-            self.save()
+            self.writer.wait()
         except OSError as error:
-            step = min(self.step + self.config.checkpoint_every, self.config.steps)
-            self.say(
-                f"checkpoint {self.step:,} could not be written: {error}; training goes on, next try at step {step:,}"
-            )
+            self._saved = None
+            self.say(f"{error}; training goes on")
+            return False
+        return True
+
+    def _save_last(self) -> None:
+        if not self._is_written() or self._saved != self.step:
+            self.health.check(self._newest)
+            self.save(wait=True)
 
     def restore(self) -> None:
         """Continue from the newest complete checkpoint of the run directory.
@@ -260,51 +356,23 @@ class Trainer:
         Raises:
             ValueError: there is none, or it belongs to another network.
         """
-        published = (self.run / "model.safetensors").exists()
-        if not published and not any((self.run / "checkpoints").glob("[0-9]*")):
+        path, skipped = find_newest(self.run)
+        for line in skipped:
+            self.say(line)
+        if path is None:
+            if skipped or (self.run / "model.safetensors").exists():
+                newest_checkpoint(self.run)  # says why there is none
             self.say(f"{self.run} was interrupted before its first checkpoint: starting from step 0")
             return
-        path = newest_checkpoint(self.run)
-        checkpoint = load_checkpoint(path)
-        groups = self._groups(checkpoint)
-        self._check_shapes(groups, path)
-        self.trained.load_state_dict(groups["weights"])
-        self.ema.module.load_state_dict(groups["ema"])
-        load_optimizer_tensors(self.optimizer, self.parameters, groups["optimizer"])
+        numbers = load_into(path, state_tensors(self.diffusion, self.optimizer, self.ema), self.world)
         if self.scaler.is_enabled():
-            if not checkpoint.numbers.get("scaler"):
+            if not numbers.get("scaler"):
                 raise ValueError(f"checkpoint {path} holds no loss scale, which fp16 needs")
-            self.scaler.load_state_dict(checkpoint.numbers["scaler"])
-        self.step = checkpoint.step
-
-    @staticmethod
-    def _groups(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """Weights and averages as in `trained.state_dict()`, and the optimiser's tensors; unknown ones are left out."""
-        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "ema": {}}
-        for name, value in checkpoint.tensors.items():
-            group, _, rest = name.partition("/")
-            if group in groups:
-                groups[group][rest.replace("/", ".") if group == "ema" else rest] = value
-        groups["ema"] |= {f"model.{name}": value for name, value in checkpoint.model.items()}
-        return groups
-
-    def _check_shapes(self, groups: dict[str, dict[str, Tensor]], path: Path) -> None:
-        weights = {name: value.shape for name, value in self.trained.state_dict().items()}
-        moments = {f"{n}/{m}": p.shape for n, p in self.parameters.items() for m in ("exp_avg", "exp_avg_sq")}
-        moments |= {f"{name}/step": torch.Size() for name in self.parameters}
-        if int(path.name) == 0:  # AdamW makes its state at the first step
-            moments = {}
-        for group, wanted in {"weights": weights, "ema": weights, "optimizer": moments}.items():
-            found = {name: value.shape for name, value in groups[group].items()}
-            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            if wrong:
-                name = wrong[0]
-                raise ValueError(
-                    f"checkpoint {path} is not of {self.config.model}: {len(wrong)} tensors of {group} differ, such as "
-                    f"{name} (here {_shape(wanted.get(name))}, there {_shape(found.get(name))})"
-                )
+            self.scaler.load_state_dict(numbers["scaler"])
+        self.step = self._saved = int(path.name)
 
     def _newest(self) -> str:
+        self._is_written()
         step = complete_step(self.run)
         return "there is no checkpoint yet" if step is None else f"the newest checkpoint is of step {step:,}"
 
@@ -318,6 +386,7 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs few lines
             desc=self.config.model,
+            disable=not self.world.is_main,
         )
 
     def _board(self) -> Path | None:
@@ -338,13 +407,42 @@ class Trainer:
             self.say(line)
 
 
+def micro_batches(config: TrainConfig, world: World) -> list[tuple[int, int]]:
+    """(offset, count) in the global batch of what this process takes in a step, part by part.
+
+    Raises:
+        ValueError: the batch cannot be divided so.
+    """
+    shares = world.size * config.accumulation
+    count, rest = divmod(config.batch_size, shares)
+    if rest:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by {world.size} processes times accumulation "
+            f"{config.accumulation}"
+        )
+    return [((part * world.size + world.rank) * count, count) for part in range(config.accumulation)]
+
+
+def resolve_compile(asked: str, mode: str, device: torch.device) -> str:
+    """`auto` becomes block on a GPU, none elsewhere.
+
+    Raises:
+        ValueError: one graph from data to loss is asked for where FSDP's hooks would break it.
+    """
+    if asked == "auto":
+        return "block" if device.type == "cuda" else "none"
+    if asked in ("full", "max-autotune") and mode in ("fsdp", "hsdp"):
+        raise ValueError(f"compile {asked} makes one graph, which {mode} cannot gather weights in; choose block")
+    return asked
+
+
+def warm_cache(run: Path) -> None:
+    """Let what the compiler makes live with the run, so that a restart finds it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((run / "cache" / "inductor").resolve()))
+    os.environ.setdefault("TRITON_CACHE_DIR", str((run / "cache" / "triton").resolve()))
+
+
 def complete_step(run: Path) -> int | None:
     """The step of the newest complete checkpoint; None if there is none."""
-    try:
-        return int(newest_checkpoint(run).name)
-    except ValueError:
-        return None
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "absent" if shape is None else "x".join(map(str, shape)) or "a number"
+    path, _ = find_newest(run)
+    return None if path is None else int(path.name)

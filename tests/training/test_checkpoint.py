@@ -1,8 +1,9 @@
 """Checkpoints are complete or absent, whatever happens while they are written."""
 
 import errno
-import json
 import os
+import pickle
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,42 +12,76 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erdfast.training import checkpoint
-from erdfast.training.checkpoint import (
+from erdfast.training import checkpoint_files
+from erdfast.training.checkpoint import CheckpointWriter, load_into
+from erdfast.training.checkpoint_files import (
     complete_checkpoints,
-    load_checkpoint,
+    find_newest,
     newest_checkpoint,
     publish,
-    save_checkpoint,
+    read_model,
+    read_tensors,
+    verify,
 )
+from erdfast.training.parallel import World
+
+ALONE = World(device=torch.device("cpu"))
 
 
-def save(folder: Path, step: int, keep_last: int = 2) -> Path:
-    return save_checkpoint(
-        folder,
-        step,
-        tensors={"weights/a": torch.full((3, 2), float(step)), "optimizer/a/step": torch.tensor(float(step))},
-        model={"a": torch.full((3, 2), -float(step)).t()},  # not contiguous
-        numbers={"scaler": {"scale": 0.1 + 0.2}},
-        keep_last=keep_last,
-    )
+def state(step: int) -> dict[str, torch.Tensor]:
+    """Of several dtypes and shapes; the sevens are a number, an odd size and nothing at all."""
+    return {
+        "weights/a": torch.full((3, 2), float(step)),
+        "weights/low": torch.full((7,), 1.5 * step, dtype=torch.bfloat16),
+        "weights/ids": torch.arange(step, step + 7),
+        "optimizer/a/step": torch.tensor(float(step)),
+        "published/process.k": torch.tensor(0.5 * step),
+    }
+
+
+def save(folder: Path, step: int, keep_last: int = 2, keep_every: int = 0) -> Path:
+    writer = CheckpointWriter(folder, keep_last=keep_last, keep_every=keep_every, world=ALONE)
+    model = {"a": torch.full((3, 2), -float(step)).t()}  # not contiguous
+    writer.save(step, state(step), model, {"scaler": {"scale": 0.1 + 0.2}}, wait=True)
+    return folder / f"{step:08d}"
 
 
 def assert_good(path: Path) -> None:
-    found, step = load_checkpoint(path), int(path.name)
-    assert found.step == step
-    assert torch.equal(found.tensors["weights/a"], torch.full((3, 2), float(step)))
-    assert torch.equal(found.model["a"], torch.full((2, 3), -float(step)))
+    step = int(path.name)
+    found = {name: torch.full_like(value, 3) for name, value in state(step).items()}
+    numbers = load_into(path, found, ALONE)
+    assert (numbers["step"], numbers["scaler"]) == (step, {"scale": 0.1 + 0.2})
+    for name, value in state(step).items():
+        if not name.startswith("published/"):  # those are for others
+            assert torch.equal(found[name], value), name
+    assert torch.equal(read_model(path)["a"], torch.full((2, 3), -float(step)))
+    assert read_tensors(path, "published/process.")["k"].tolist() == [0.5 * step]
 
 
 def test_round_trip(tmp_path):
     path = save(tmp_path / "deep" / "checkpoints", 12)
     assert path.name == "00000012"
-    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "state.json", "state.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "state", "state.json"]
+    assert {file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()} == {0o644}
     assert_good(path)
-    found = load_checkpoint(path)
-    assert found.tensors["optimizer/a/step"].shape == ()
-    assert found.numbers["scaler"] == {"scale": 0.1 + 0.2}
+    verify(path)
+
+
+def test_equal_states_give_equal_bytes(tmp_path):
+    first, second = (save(tmp_path / name, 3) for name in ("a", "b"))
+    files = [file.relative_to(first) for file in first.rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
+
+
+def test_training_goes_on_while_it_is_written(tmp_path):
+    writer, tensors = CheckpointWriter(tmp_path, keep_last=2, world=ALONE), state(1)
+    writer.save(1, tensors, {"a": tensors["weights/a"]}, {"scaler": {"scale": 0.1 + 0.2}})
+    for tensor in tensors.values():
+        tensor.zero_()  # the next step
+    writer.wait()
+    assert read_tensors(tmp_path / "00000001", "weights/")["a"].eq(1.0).all()
+    assert read_model(tmp_path / "00000001")["a"].eq(1.0).all()
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -57,6 +92,12 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["100000001"]
 
 
+def test_some_are_kept_for_good(tmp_path):
+    for step in range(1, 9):
+        save(tmp_path, step, keep_last=1, keep_every=3)
+    assert [int(path.name) for path in complete_checkpoints(tmp_path)] == [3, 6, 8]
+
+
 def test_what_is_not_complete_is_not_a_checkpoint(tmp_path):
     folder = tmp_path / "checkpoints"
     save(folder, 1)
@@ -65,6 +106,9 @@ def test_what_is_not_complete_is_not_a_checkpoint(tmp_path):
     (folder / "00000004" / "state.json").unlink()
     (folder / "notes").mkdir()
     assert newest_checkpoint(tmp_path).name == "00000001"
+    path, (line,) = find_newest(tmp_path)
+    assert path == folder / "00000001"
+    assert re.search(r"00000004 is left out: .*state.json cannot be read", line)
     save(folder, 4)  # replaces the damaged one
     assert_good(newest_checkpoint(tmp_path))
     assert sorted(path.name for path in folder.iterdir()) == ["00000001", "00000004", "notes"]
@@ -86,21 +130,39 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path, monkeypatch, failing):
 
     with monkeypatch.context() as patch:
         patch.setattr(failing, full)
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises(
+            OSError, match=r"the checkpoint of step 2 in .* cannot be written: .*No space left on device"
+        ):
             save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
     assert_good(tmp_path / "00000001")
     assert_good(save(tmp_path, 2))
 
 
-def test_a_full_disk_that_safetensors_reports(tmp_path, monkeypatch):
-    def full(*_args, **_options):
-        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+def test_a_failure_in_the_background_is_said_once_and_the_next_save_works(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep_last=2, world=ALONE)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot write .*model\.safetensors: I/O error: No space left"):
-        save(tmp_path, 2)
-    assert list(tmp_path.iterdir()) == []
+    def full(*_args, **_options):
+        raise checkpoint_files.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "save_file", full)
+        writer.save(1, state(1), {"a": torch.zeros(1)}, {})
+        with pytest.raises(OSError, match=r"step 1 .*cannot write .*model\.safetensors: I/O error: No space left"):
+            writer.wait()
+    writer.wait()
+    writer.save(2, state(2), {"a": torch.zeros(1)}, {}, wait=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000002"]
+
+
+def test_other_tensors_are_refused(tmp_path):
+    path = save(tmp_path, 5)
+    other = state(5) | {"weights/a": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"1 tensors differ, such as weights/a \(here 2x3, there 3x2\)"):
+        load_into(path, other, ALONE)
+    del other["weights/a"]
+    with pytest.raises(ValueError, match=r"weights/a \(here absent, there 3x2\)"):
+        load_into(path, other, ALONE)
 
 
 EVENTS = ("os.fsync", "os.rename", "os.replace", "os.mkdir", "os.rmdir", "os.unlink", "os.open")
@@ -126,7 +188,7 @@ def die_at(event: int, folder: Path) -> int:
 
         for name in EVENTS:
             setattr(os, name[3:], deadly(getattr(os, name[3:])))
-        checkpoint.save_file = deadly(checkpoint.save_file)
+        checkpoint_files.save_file = deadly(checkpoint_files.save_file)
         save(folder, 3)
         os._exit(0)
     finally:
@@ -162,38 +224,35 @@ def test_killed_at_every_moment(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("state.json", b"{", "cannot be read"),
-        ("state.json", b"\xff\xfe", "cannot be read"),
-        ("state.json", b"[]", "is not of format 1"),
-        ("state.json", b'{"format": 2, "step": 5}', "is not of format 1"),
-        ("state.json", b'{"format": 1}', "says that it is of step None"),
-        ("state.json", b'{"format": 1, "step": 6}', "says that it is of step 6"),
-        ("state.safetensors", b"", "cannot be read"),
-        ("state.safetensors", b"\xff" * 100, "cannot be read"),
-        ("model.safetensors", b"text", "cannot be read"),
+        ("state.json", b"{", "state.json cannot be read"),
+        ("state.json", b"\xff\xfe", "state.json cannot be read"),
+        ("state.json", b"[]", "is of no format that is known here"),
+        ("state.json", b'{"format": 3, "step": 5}', "is of no format that is known here"),
+        ("state.json", b'{"format": 2}', "says that it is of step None"),
+        ("state.json", b'{"format": 2, "step": 6}', "says that it is of step 6"),
+        ("state/shard-00001-model-00001-of-00001.safetensors", b"\xff" * 100, "does not have the checksum"),
+        ("model.safetensors", b"text", "does not have the checksum"),
     ],
 )
 def test_damage_is_named(tmp_path, file, content, message):
     path = save(tmp_path, 5)
     (path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"checkpoint .*00000005 {message}"):
-        load_checkpoint(path)
+    with pytest.raises(ValueError, match=rf"checkpoint .*00000005 .*{message}"):
+        load_into(path, state(5), ALONE)
 
 
-def test_a_truncated_file_is_named(tmp_path):
+def test_a_pickle_in_the_folder_is_never_opened(tmp_path):
     path = save(tmp_path, 5)
-    whole = (path / "state.safetensors").read_bytes()
-    (path / "state.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="00000005 cannot be read"):
-        load_checkpoint(path)
+    (path / "state" / ".metadata").write_bytes(pickle.dumps(Explosive()))
+    (path / "state" / "more.pt").write_bytes(pickle.dumps(Explosive()))
+    assert_good(path)
 
 
-def test_numbers_are_plain_json(tmp_path):
-    assert json.loads((save(tmp_path, 5) / "state.json").read_text()) == {
-        "format": 1,
-        "step": 5,
-        "scaler": {"scale": 0.1 + 0.2},
-    }
+class Explosive:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("it was unpickled",))
 
 
 def test_publishing_replaces_atomically(tmp_path, monkeypatch):

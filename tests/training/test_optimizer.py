@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from erdfast.config import OptimizerConfig
-from erdfast.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from erdfast.config import EmaConfig, OptimizerConfig
+from erdfast.ops.optimizer import AdamWEma
+from erdfast.training.ema import Ema
+from erdfast.training.optimizer import build_optimizer, learning_rate
 
 
 def test_warm_up_then_constant():
@@ -32,6 +34,10 @@ def test_rates_are_always_finite_and_positive_before_the_end(warmup):
     assert learning_rate(config, 7, 5) >= 0  # beyond the end
 
 
+def fresh(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> AdamWEma:
+    return build_optimizer(parameters, config, Ema(parameters, EmaConfig()))
+
+
 def quadratic(parameters, target):
     errors = [((p - t) ** 2).sum() for p, t in zip(parameters.values(), target, strict=True)]
     return torch.stack(errors).sum()
@@ -45,7 +51,7 @@ def test_steps_are_those_of_adamw_in_float64():
     reference = {name: value.detach().double() for name, value in parameters.items()}
     first = {name: torch.zeros_like(value) for name, value in reference.items()}
     second = {name: torch.zeros_like(value) for name, value in reference.items()}
-    optimizer = build_optimizer(parameters, config)
+    optimizer = fresh(parameters, config)
     for step in range(1, 21):
         optimizer.zero_grad()
         quadratic(parameters, target).backward()
@@ -60,39 +66,16 @@ def test_steps_are_those_of_adamw_in_float64():
         torch.testing.assert_close(value.detach().double(), reference[name], rtol=1e-4, atol=1e-4)
 
 
-def test_state_goes_around_as_tensors():
-    torch.manual_seed(0)
-    config = OptimizerConfig(lr=0.1)
-    target = [torch.randn(3), torch.randn(2)]
-
-    def fresh():
-        torch.manual_seed(1)
-        parameters = {"block.a": nn.Parameter(torch.randn(3)), "b": nn.Parameter(torch.randn(2))}
-        return parameters, build_optimizer(parameters, config)
-
-    def steps(parameters, optimizer, count):
-        for _ in range(count):
-            optimizer.zero_grad()
-            quadratic(parameters, target).backward()
-            optimizer.step()
-
-    parameters, optimizer = fresh()
-    assert optimizer_tensors(optimizer, parameters) == {}
-    steps(parameters, optimizer, 3)
-    saved = {name: value.clone() for name, value in optimizer_tensors(optimizer, parameters).items()}
-    moments = ("exp_avg", "exp_avg_sq", "step")
-    assert sorted(saved) == sorted(f"{name}/{moment}" for name in ("block.a", "b") for moment in moments)
-    halfway = {name: value.detach().clone() for name, value in parameters.items()}
-    steps(parameters, optimizer, 3)
-
-    again, other = fresh()
-    for name, value in halfway.items():
-        again[name].data.copy_(value)
-    load_optimizer_tensors(other, again, saved)
-    before = {name: value.clone() for name, value in saved.items()}
-    steps(again, other, 3)
-    assert all(torch.equal(again[name], parameters[name]) for name in parameters)
-    assert all(torch.equal(saved[name], before[name]) for name in saved)  # what was loaded is not shared
+def test_the_state_is_there_before_the_first_step():
+    parameters = {"a": nn.Parameter(torch.randn(3)), "b": nn.Parameter(torch.randn(2, 2))}
+    optimizer = fresh(parameters, OptimizerConfig(lr=0.1))
+    assert {key: tuple(value.shape) for key, value in optimizer.state[parameters["b"]].items()} == {
+        "step": (),
+        "exp_avg": (2, 2),
+        "exp_avg_sq": (2, 2),
+    }
+    assert not any(bool(value.any()) for state in optimizer.state.values() for value in state.values())
+    assert not any(value.requires_grad for state in optimizer.state.values() for value in state.values())
 
 
 def test_goes_on_from_the_state_of_torchs_own_adamw():
@@ -106,8 +89,10 @@ def test_goes_on_from_the_state_of_torchs_own_adamw():
         quadratic(parameters, target).backward()
         theirs.step()
     again = {name: nn.Parameter(value.detach().clone()) for name, value in parameters.items()}
-    ours = build_optimizer(again, config)
-    load_optimizer_tensors(ours, again, optimizer_tensors(theirs, parameters))
+    ours = fresh(again, config)
+    for name, parameter in again.items():
+        for key, value in theirs.state[parameters[name]].items():
+            ours.state[parameter][key].copy_(value)
     for optimizer, values in ((theirs, parameters), (ours, again)):
         for _ in range(3):
             optimizer.zero_grad()
@@ -115,17 +100,13 @@ def test_goes_on_from_the_state_of_torchs_own_adamw():
             optimizer.step()
     for name, value in parameters.items():
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-6)
-    mine, wanted = optimizer_tensors(ours, again), optimizer_tensors(theirs, parameters)
-    assert {name: (value.shape, value.dtype) for name, value in mine.items()} == {
-        name: (value.shape, value.dtype) for name, value in wanted.items()
-    }
 
 
 def test_averages_move_with_the_parameters():
     parameters = {"a": nn.Parameter(torch.zeros(3))}
-    averages = [torch.zeros(3)]
-    optimizer = build_optimizer(parameters, OptimizerConfig(lr=1.0, ema_decay=0.75), averages)
+    ema = Ema(parameters, EmaConfig(ema_decay=(0.75,)))
+    optimizer = build_optimizer(parameters, OptimizerConfig(lr=1.0), ema)
     parameters["a"].grad = torch.ones(3)
     optimizer.step()
     torch.testing.assert_close(parameters["a"].detach(), -torch.ones(3))
-    torch.testing.assert_close(averages[0], torch.full((3,), -0.25))
+    torch.testing.assert_close(ema.averages[0][0], torch.full((3,), -0.25))

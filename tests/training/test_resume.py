@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from erdfast import cli, train
-from erdfast.training import checkpoint
-from erdfast.training.checkpoint import complete_checkpoints, newest_checkpoint
+from erdfast.training import checkpoint_files
+from erdfast.training.checkpoint_files import complete_checkpoints, newest_checkpoint
 from erdfast.training.metrics import read_metrics
 from erdfast.training.trainer import complete_step
 from tests.runs import TINY, all_tensors, assert_same_bits, start, tiny_trainer, wait_until, words
@@ -63,7 +62,7 @@ def test_killed_before_the_first_checkpoint(tmp_path, capsys, undisturbed):
 
 def test_stopped_before_the_first_step(tmp_path):
     first = tiny_trainer(tmp_path, steps=3)
-    first.save()
+    first.save(wait=True)
     second = tiny_trainer(tmp_path, steps=3)
     second.restore()
     assert second.step == 0
@@ -148,7 +147,7 @@ def stop_after_save(trainer):
     save = trainer.save
 
     def save_and_stop():
-        save()
+        save(wait=True)
         raise Stopped
 
     trainer.save = save_and_stop
@@ -232,20 +231,30 @@ def test_resuming_a_finished_run_changes_nothing(copy):
     assert read_metrics(copy / "metrics.jsonl") == records
 
 
-@pytest.mark.parametrize("group", ["weights", "optimizer", "model"])
-def test_a_checkpoint_of_another_network_is_refused(copy, group):
-    path = newest_checkpoint(copy)
-    file = path / ("model.safetensors" if group == "model" else "state.safetensors")
-    tensors = load_file(file)
-    name = next(name for name in sorted(tensors) if group == "model" or name.startswith(group))
-    tensors[name] = torch.zeros(3, 5, 7)
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"is not of uvit_tiny: 1 tensors of \w+ differ, such as .*there 3x5x7"):
+def test_a_checkpoint_of_another_network_is_refused(copy, tmp_path):
+    other = tiny_trainer(tmp_path / "other", model="dit_tiny", steps=4)
+    other.train()
+    shutil.rmtree(newest_checkpoint(copy))
+    shutil.copytree(newest_checkpoint(tmp_path / "other"), copy / "checkpoints" / "00000004")
+    with pytest.raises(ValueError, match=r"tensors differ, such as ema/.*absent"):
         run_here("--resume", copy)
-    del tensors[name]
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match="there absent"):
-        run_here("--resume", copy)
+
+
+def test_a_damaged_checkpoint_is_named_and_an_incomplete_one_left_out(copy, capsys):
+    assert run_here("--resume", copy, "--steps", 6, "--checkpoint-every", 1) == 0
+    newest = newest_checkpoint(copy)
+    (state,) = (newest / "state").iterdir()
+    content = bytearray(state.read_bytes())
+    content[-3] ^= 255
+    state.write_bytes(content)
+    with pytest.raises(ValueError, match=r"00000006 is damaged: state/shard-00001.* does not have the checksum"):
+        run_here("--resume", copy, "--steps", 7)
+    state.write_bytes(content[:-1])
+    capsys.readouterr()
+    assert run_here("--resume", copy, "--steps", 7) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint {newest} is left out: {state.relative_to(newest)} has {len(content) - 1:,} bytes" in out
+    assert f"resuming {copy} at step 5 of 7" in out
 
 
 # ---------------------------------------------------------------------- a full disk
@@ -262,7 +271,7 @@ def fail_after(monkeypatch, good: int, bad: int):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint_files.os, "fsync", fsync)
 
 
 def test_a_checkpoint_that_does_not_fit_does_not_end_the_run(tmp_path, monkeypatch):
@@ -270,11 +279,11 @@ def test_a_checkpoint_that_does_not_fit_does_not_end_the_run(tmp_path, monkeypat
     trainer = tiny_trainer(tmp_path / "full", steps=6, checkpoint_every=2)
     trainer.say = said.append
     with monkeypatch.context() as patch:
-        fail_after(patch, good=5, bad=1)  # the first checkpoint takes five
+        fail_after(patch, good=7, bad=1)  # the first checkpoint takes seven
         trainer.train()
-    assert said == [
-        "checkpoint 4 could not be written: [Errno 28] No space left on device; training goes on, next try at step 6"
-    ]
+    (line,) = [line for line in said if "cannot be written" in line]
+    assert line.startswith("the checkpoint of step 4 in ")
+    assert line.endswith("No space left on device; training goes on")
     assert [path.name for path in complete_checkpoints(tmp_path / "full" / "checkpoints")] == ["00000002", "00000006"]
     tiny_trainer(tmp_path / "plain", steps=6).train()
     assert_same_bits(all_tensors(tmp_path / "full"), all_tensors(tmp_path / "plain"))
@@ -292,7 +301,7 @@ def test_log_lines_and_pictures_that_do_not_fit_do_not_end_the_run(tmp_path, mon
     monkeypatch.setattr(trainer.preview, "save", full)
     trainer.train()
     assert complete_step(tmp_path) == 6
-    assert [line.partition(":")[0] for line in said] == [
+    assert [line.partition(":")[0] for line in said if "could not" in line] == [
         "metrics.jsonl could not be written",
         "pictures could not be written",
     ]
@@ -300,7 +309,7 @@ def test_log_lines_and_pictures_that_do_not_fit_do_not_end_the_run(tmp_path, mon
 
 def test_the_last_checkpoint_must_fit(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, steps=4, checkpoint_every=2)
-    fail_after(monkeypatch, good=5, bad=1000)
+    fail_after(monkeypatch, good=7, bad=1000)
     with pytest.raises(OSError, match="No space left on device"):
         trainer.train()
     assert complete_step(tmp_path) == 2
@@ -317,11 +326,11 @@ def test_a_real_limit_on_files(copy):
     with start(["--resume", copy, "--steps", 8, "--checkpoint-every", 2], code=limit) as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    warnings = [line for line in out.splitlines() if "could not be written" in line]
-    assert [line.partition(" could")[0] for line in warnings] == ["checkpoint 6"]
+    warnings = [line for line in out.splitlines() if line.endswith("training goes on")]
+    assert [line.partition(" in ")[0] for line in warnings] == ["the checkpoint of step 6"]
     errors = [line for line in err.splitlines() if "error" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("erdfast.train: error: cannot write ")
+    assert errors[0].startswith("erdfast.train: error: the checkpoint of step 8 in ")
     assert "Traceback" not in err
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["00000004"]
     assert_same_bits(all_tensors(copy), before)

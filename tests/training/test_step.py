@@ -8,7 +8,7 @@ from erdfast import philox
 from erdfast.data import Batch
 from erdfast.process import Process
 from erdfast.training.precision import resolve_precision
-from erdfast.training.step import DiffusionStep
+from erdfast.training.step import DiffusionStep, StepResult
 
 CPU = torch.device("cpu")
 SEED, STEP, BATCH = 11, 5, 6
@@ -18,8 +18,9 @@ SHAPE = (4, 8, 8)
 class Affine(nn.Module):
     """A network simple enough to be repeated in float64; keeps what it was called with."""
 
-    def __init__(self, channels: int = 4) -> None:
+    def __init__(self, channels: int = 4, num_classes: int = 10) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.factor = nn.Parameter(torch.full((channels, 1, 1), 0.3))
         self.calls: list[tuple] = []
 
@@ -30,11 +31,13 @@ class Affine(nn.Module):
 
 
 def step_of(model, process, **options) -> DiffusionStep:
-    own = {"num_classes": 10, "seed": SEED, "global_batch": BATCH, "label_drop": 0.0, "device": CPU}
+    own = {"seed": SEED, "global_batch": BATCH, "label_drop": 0.0, "device": CPU}
     own["precision"] = resolve_precision("fp32", CPU)
-    diffusion = DiffusionStep(model, process, **(own | options))
-    diffusion.step.fill_(STEP)
-    return diffusion
+    return DiffusionStep(model, process, **(own | options))
+
+
+def run(diffusion: DiffusionStep, batch: Batch, offset: int = 0, step: int = STEP) -> StepResult:
+    return diffusion(batch.x, batch.y, torch.tensor(step), torch.tensor(offset), batch.moments_scale)
 
 
 def data(seed: int = 0) -> Batch:
@@ -66,7 +69,7 @@ def reference(process, x0, ids, predict):
 def test_loss_against_float64(options):
     process, model = Process(**options), Affine()
     x, y, _ = data()
-    result = step_of(model, process)(Batch(x, y), 0)
+    result = run(step_of(model, process), Batch(x, y))
     labels = 0.01 * y.double()[:, None, None, None]
     loss, mse, coef = reference(process, x.double(), torch.arange(BATCH), lambda x_t: 0.3 * x_t + labels)
     torch.testing.assert_close(result.loss.double(), loss, rtol=1e-5, atol=1e-7)
@@ -81,7 +84,7 @@ def test_loss_against_float64(options):
 def test_gradients_reach_network_and_learnable_target():
     process, model = Process(schedule="flow", target="k", weighting="constant"), Affine()
     x, y, _ = data()
-    step_of(model, process)(Batch(x, y), 0).loss.backward()
+    run(step_of(model, process), Batch(x, y)).loss.backward()
     w_k = next(process.parameters())
     found = [gradient(model.factor), gradient(w_k)]
 
@@ -101,8 +104,8 @@ def test_parts_of_a_batch_are_the_batch():
     process, model = Process(stratified=True), Affine()
     x, y, _ = data()
     diffusion = step_of(model, process, label_drop=0.5)
-    whole = diffusion(Batch(x, y), 0)
-    parts = [diffusion(Batch(x[start : start + 2], y[start : start + 2]), start) for start in (0, 2, 4)]
+    whole = run(diffusion, Batch(x, y))
+    parts = [run(diffusion, Batch(x[start : start + 2], y[start : start + 2]), start) for start in (0, 2, 4)]
     for name in ("mse", "logsnr", "time"):
         joined = torch.cat([getattr(part, name) for part in parts])
         torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-6, atol=1e-7)
@@ -117,8 +120,7 @@ def test_steps_and_seeds_differ():
     for seed in (SEED, SEED + 1, 2**63 - 1):
         diffusion = step_of(Affine(), Process(), seed=seed)
         for step in (0, 1, 2**32 - 1):
-            diffusion.step.fill_(step)
-            seen.add(float(diffusion(Batch(x, y), 0).loss.detach()))
+            seen.add(float(run(diffusion, Batch(x, y), step=step).loss.detach()))
     assert len(seen) == 9
 
 
@@ -128,7 +130,7 @@ def test_share_of_dropped_labels(share):
     model = Affine()
     diffusion = step_of(model, Process(), global_batch=count, label_drop=share)
     y = torch.full((count,), 3)
-    diffusion(Batch(torch.zeros(count, 1, 1, 1).expand(count, 4, 1, 1).contiguous(), y), 0)
+    run(diffusion, Batch(torch.zeros(count, 4, 1, 1), y))
     labels = model.calls[0][2]
     assert set(labels.tolist()) <= {3, 10}
     spread = (share * (1 - share) / count) ** 0.5
@@ -137,15 +139,15 @@ def test_share_of_dropped_labels(share):
 
 
 def test_unlabelled_networks_receive_no_labels():
-    model = Affine()
-    step_of(model, Process(), num_classes=0)(data(), 0)
+    model = Affine(num_classes=0)
+    run(step_of(model, Process()), data())
     assert model.calls[0][2] is None
 
 
 def test_learned_variance_is_left_alone():
     x, y, _ = data()
     plain, double = Affine(4), Affine(8)
-    results = [step_of(model, Process())(Batch(x, y), 0) for model in (plain, double)]
+    results = [run(step_of(model, Process()), Batch(x, y)) for model in (plain, double)]
     assert torch.equal(results[0].loss, results[1].loss)
     results[1].loss.backward()
     assert double.factor.grad is not None
@@ -157,7 +159,7 @@ def test_moments_are_drawn_from_the_posterior():
     process, model = Process(), Affine()
     x, y, _ = data()
     std = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
-    result = step_of(model, process)(Batch(torch.cat([x, std], dim=1), y, 0.25), 0)
+    result = run(step_of(model, process), Batch(torch.cat([x, std], dim=1), y, 0.25))
     eta = philox.normal(SEED, STEP, torch.arange(BATCH), x[0].numel(), domain="posterior").reshape(x.shape)
     x0 = 0.25 * (x.double() + std.double() * eta)
     labels = 0.01 * y.double()[:, None, None, None]
@@ -168,8 +170,8 @@ def test_moments_are_drawn_from_the_posterior():
 def test_low_precision_is_the_networks_alone():
     x, y, _ = data()
     model = Affine()
-    low = step_of(model, Process(), precision=resolve_precision("bf16", CPU))(Batch(x, y), 0)
-    high = step_of(Affine(), Process())(Batch(x, y), 0)
+    low = run(step_of(model, Process(), precision=resolve_precision("bf16", CPU)), Batch(x, y))
+    high = run(step_of(Affine(), Process()), Batch(x, y))
     assert model.calls[0][0].dtype == torch.bfloat16
     assert model.calls[0][1].dtype == torch.float32  # bf16 would round times
     assert low.loss.dtype == low.mse.dtype == torch.float32
@@ -181,8 +183,10 @@ def test_no_value_is_read_on_the_host():
     meta = torch.device("meta")
     diffusion = step_of(Affine().to(meta), Process().to(meta), device=meta, label_drop=0.1)
     x = torch.empty(BATCH, *SHAPE, device=meta)
-    t = diffusion.process.sample_time(BATCH, seed=diffusion.seed, step=diffusion.step, global_batch=BATCH)
-    labels = diffusion._labels(torch.zeros(BATCH, dtype=torch.int64, device=meta), torch.arange(BATCH, device=meta))
+    step = torch.zeros((), dtype=torch.int64, device=meta)
+    t = diffusion.process.sample_time(BATCH, seed=diffusion.seed, step=step, rank_offset=step, global_batch=BATCH)
+    ids = torch.arange(BATCH, device=meta)
+    labels = diffusion._labels(torch.zeros_like(ids), step, ids)
     assert t.device == meta
     assert labels is not None
     assert labels.shape == (BATCH,)

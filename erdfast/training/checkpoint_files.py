@@ -1,0 +1,267 @@
+"""Checkpoints as they lie on the disk: complete or absent, tensors as safetensors, numbers as JSON, never unpickled.
+
+    checkpoints/00001000/
+        state/*.safetensors   weights, averages, optimiser: a file of each process, its shards
+        model.safetensors     averaged weights under the published names: for everyone else
+        state.json            step, loss scale, format; size and checksum of every file
+
+A checkpoint is written under a temporary name, flushed to the disk, and renamed: a crash at any moment leaves the older
+checkpoints whole, and a folder without the temporary name is complete. Format 1, of one process, has state.safetensors
+in place of the folder state/, and no checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 2
+STATE, MODEL, NUMBERS = "state", "model.safetensors", "state.json"
+FORMAT_1_FILES = (MODEL, "state.safetensors", NUMBERS)
+_CHUNK_BYTES = 1 << 22
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of a step."""
+    return run / "checkpoints" / f"{step:08d}"
+
+
+def temporary_path(checkpoint: Path) -> Path:
+    """Under which a checkpoint is written, and removed."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+# ---------------------------------------------------------------------------- which there are
+
+
+def find_newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a run directory, and a line about each newer one that is not."""
+    skipped = []
+    for path in reversed(named_checkpoints(run / "checkpoints")):
+        reason = incomplete(path)
+        if reason is None:
+            return path, skipped
+        skipped.append(f"checkpoint {path} is left out: {reason}")
+    return None, skipped
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run directory.
+
+    Raises:
+        ValueError: there is none; says what is wrong with those that there are.
+    """
+    path, skipped = find_newest(run)
+    if path is None:
+        raise ValueError("; ".join([f"{run} holds no complete checkpoint (looked in {run / 'checkpoints'})", *skipped]))
+    return path
+
+
+def named_checkpoints(folder: Path) -> list[Path]:
+    """Folders called like a checkpoint, oldest first."""
+    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those that are complete, oldest first."""
+    return [path for path in named_checkpoints(folder) if incomplete(path) is None]
+
+
+def incomplete(path: Path) -> str | None:
+    """What a checkpoint lacks, by the sizes of its files; None if nothing."""
+    try:
+        numbers = read_numbers(path)
+    except ValueError as error:
+        return str(error)
+    if numbers["format"] == 1:
+        missing = [name for name in FORMAT_1_FILES if not (path / name).is_file()]
+        return f"{missing[0]} is missing" if missing else None
+    for name, entry in numbers["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+    return None
+
+
+def verify(path: Path) -> None:
+    """Read all files of a checkpoint of format 2 and compare their checksums.
+
+    Raises:
+        ValueError: one differs; names it.
+    """
+    for name, entry in read_numbers(path).get("files", {}).items():
+        if checksum(path / name) != entry["crc32"]:
+            raise ValueError(
+                f"checkpoint {path} is damaged: {name} does not have the checksum that it was written with"
+            )
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """state.json.
+
+    Raises:
+        ValueError: it is missing, damaged, of another format, or of another step than the folder's name says.
+    """
+    file = path / NUMBERS
+    try:
+        numbers = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(numbers, dict) or numbers.get("format") not in (1, FORMAT):
+        raise ValueError(f"{file} is of no format that is known here (1, {FORMAT})")
+    if numbers.get("step") != int(path.name) or not isinstance(numbers.get("files", {}), dict):
+        raise ValueError(f"{file} says that it is of step {numbers.get('step')!r}")
+    return numbers
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """The averaged weights, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _naming(path):
+        return load_file(path / MODEL)
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of the state whose names begin so, whole and on the CPU; the prefix is cut off.
+
+    Such as were not sharded: what is in pieces is put together by `load_into` (checkpoint.py) alone.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found: dict[str, Tensor] = {}
+    with _naming(path):
+        for file in state_files(path):
+            with safe_open(file, framework="pt") as stream:
+                for name in stream.keys():  # noqa: SIM118  # not a dict
+                    if name.startswith(prefix):
+                        found[name.removeprefix(prefix)] = stream.get_tensor(name)
+    return found
+
+
+def state_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint's state, in the order of their names."""
+    old = path / "state.safetensors"
+    return [old] if old.exists() else sorted((path / STATE).glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be read: {error}; remove that folder to continue from an older one"
+        ) from error
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that everyone may read.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        # One key only: safetensors writes several in random order, and equal runs shall leave equal files.
+        save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
+    except SafetensorError as error:  # safetensors hides a full disk in an error of its own
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def settle_header(path: Path) -> None:
+    """Put the notes in a safetensors header into order: they come in any, and equal runs shall leave equal files."""
+    with path.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            stream.seek(8)
+            stream.write(text.ljust(length))
+
+
+def write_numbers(folder: Path, step: int, numbers: Mapping[str, Any], sums: Mapping[str, int]) -> None:
+    """state.json of a folder whose other files, with these checksums, are all there; written last."""
+    files = {name: {"bytes": (folder / name).stat().st_size, "crc32": value} for name, value in sorted(sums.items())}
+    content = {"format": FORMAT, "step": step, **numbers, "files": files}
+    (folder / NUMBERS).write_text(json.dumps(content, indent=2) + "\n")
+    sync(folder / NUMBERS)
+
+
+def finish(temporary: Path, target: Path) -> None:
+    """Give a folder that is complete its name."""
+    sync(temporary)
+    if target.exists():  # damaged: a complete one would have been resumed from
+        shutil.rmtree(target)
+    temporary.rename(target)
+    sync(target.parent)
+
+
+def remove_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
+    """All complete checkpoints but the newest `keep_last` and those of every `keep_every`-th step."""
+    for old in complete_checkpoints(folder)[:-keep_last]:
+        if not keep_every or int(old.name) % keep_every:
+            doomed = temporary_path(old)
+            with contextlib.suppress(OSError):  # one checkpoint too many does no harm
+                old.rename(doomed)  # so that a crash leaves no half of it under its own name
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """What a crash has left."""
+    for left in folder.glob(".*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def publish(checkpoint: Path, run: Path) -> Path:
+    """Put a checkpoint's averaged weights at the top of the run directory, atomically."""
+    target, temporary = run / MODEL, run / ".model.safetensors.partial"
+    try:
+        shutil.copyfile(checkpoint / MODEL, temporary)
+        sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

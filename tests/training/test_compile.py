@@ -1,0 +1,82 @@
+"""torch.compile of a step: as few graphs as there are kinds of blocks, whole, made once, with the same numbers."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from erdfast.training.trainer import Trainer
+from tests.runs import tiny_trainer
+
+STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler(monkeypatch: pytest.MonkeyPatch):
+    """What is counted is done by the tracer; a back end that calls what was traced takes seconds, not minutes."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def train(run: Path, compile: str, **options: Any) -> Trainer:
+    """Twenty steps with all that surrounds them: dropped labels, log lines, averages, pictures, a checkpoint."""
+    own: dict[str, Any] = {
+        "steps": STEPS,
+        "log_every": 5,
+        "sample_every": 8,
+        "sample_num": 2,
+        "sample_steps": 2,
+        "checkpoint_every": 10,
+    }
+    trainer = tiny_trainer(run, compile=compile, label_drop=0.5, **(own | options))
+    assert trainer.train() is None
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        # What precedes the network; blocks without and with a long skip.
+        ({"model": "uvit_tiny", "compile": "block"}, 3),
+        ({"model": "dit_tiny", "compile": "block"}, 2),
+        ({"model": "uvit_tiny", "compile": "full"}, 1),
+        # A part of the batch is a part: where it lies in the batch is a tensor.
+        ({"model": "uvit_tiny", "compile": "block", "accumulation": 2}, 3),
+        ({"model": "dit_tiny", "compile": "full", "accumulation": 2, "target": "k", "schedule": "flow"}, 1),
+    ],
+)
+def test_graphs_are_few_whole_and_made_once(tmp_path, options, graphs):
+    train(tmp_path, **options)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+@pytest.mark.parametrize("model", ["uvit_tiny", "dit_tiny"])
+@pytest.mark.parametrize("compile", ["block", "full"])
+def test_compiled_runs_end_as_eager_ones(tmp_path, model, compile):
+    linear: dict[str, Any] = {"lr": 1e3, "adam_eps": 1e3, "steps": 6, "sample_every": 0, "model": model}
+    eager, compiled = (train(tmp_path / mode, mode, **linear) for mode in ("none", compile))
+    assert compiled.parameters.keys() == eager.parameters.keys()
+    for name, parameter in compiled.parameters.items():
+        torch.testing.assert_close(parameter, eager.parameters[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_compiler_makes_lives_with_the_run(tmp_path, monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    tiny_trainer(tmp_path, compile="block")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path.resolve() / "cache" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
+    tiny_trainer(tmp_path / "other", compile="block")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "elsewhere")  # the user's own
