@@ -152,13 +152,14 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------- this package
 
 
-def ours(options: StepOptions, device: torch.device, *, compiled: bool = False) -> Step:
+def ours(options: StepOptions, device: torch.device, *, compiled: bool = False, graph: bool = False) -> Step:
     """The trainer's own step, by the network's own recipe."""
     recipe = presets.recipe(presets.recipe_of_model(options.model))
     own = {
         "model": options.model,
         "batch_size": options.batch,
         "compile": options.compile if compiled else "none",
+        "cuda_graph": graph,
         "precision": resolve_precision("auto", device).name,
         "data": "random",
         "steps": 1_000_000,
@@ -177,4 +178,5 @@ SIDES: dict[str, Callable[[StepOptions, torch.device], Step]] = {
     "compile": lambda options, device: EagerStep(options, device, compiled=True),
     "ours": ours,
     "ours_compile": lambda options, device: ours(options, device, compiled=True),
+    "ours_graph": lambda options, device: ours(options, device, compiled=True, graph=True),
 }
