@@ -264,10 +264,11 @@ def uniform_numbers(seed: philox.Integer, step: philox.Integer, ids: Tensor, str
     if strata is None:
         return u
     everyone = torch.arange(strata, dtype=torch.int64, device=ids.device)
-    keys = philox.uniform(seed, step, everyone + _PERMUTATION_IDS, "time")
+    keys = philox.uniform(seed, step, everyone | _PERMUTATION_IDS, "time")
     permutation = torch.argsort(keys, stable=True)
     return ((permutation[ids] + u) / strata).clamp(max=1.0 - 2.0**-53)
 
 
 _PERMUTATION_IDS = 1 << 62
-"""Ids from here on give the keys of the permutation; no global batch is that large."""
+"""Ids with this bit give the keys of the permutation; no global batch is that large. (Set, not added: inductor would add
+it to its own 32-bit index.)"""
