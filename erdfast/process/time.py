@@ -270,5 +270,5 @@ def uniform_numbers(seed: philox.Integer, step: philox.Integer, ids: Tensor, str
 
 
 _PERMUTATION_IDS = 1 << 62
-"""Ids with this bit give the keys of the permutation; no global batch is that large. (Set, not added: inductor would add
-it to its own 32-bit index.)"""
+"""Ids with this bit give the keys of the permutation; no global batch is that large. (Set, not added: inductor would
+add it to its own 32-bit index.)"""
