@@ -158,6 +158,7 @@ def test_the_default_place_is_in_the_home_folder(monkeypatch, tmp_path):
     assert table.user_path() == tmp_path / ".cache" / "erdfast" / "attention_table.json"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter must stand in on the CPU")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_traced_look_ups(user_rows, dynamic):
     user_rows(row("math", head_width="any"), row("triton", keys=16))
@@ -168,7 +169,8 @@ def test_traced_look_ups(user_rows, dynamic):
         torch.testing.assert_close(compiled(q, q, q), attention(q, q, q, backend="reference"))
 
 
-def test_the_command_keeps_other_rows_and_damages_nothing(user_rows, tmp_path, capsys):
+def test_the_command_keeps_other_rows_and_damages_nothing(user_rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_attention, "default_device", lambda: "cpu")
     path = tmp_path / "rows.json"
     path.write_text(table.render_rows([row("triton", device="NVIDIA H200"), row("math", keys=16, mode="training")]))
     arguments = "--save-table --shapes 2x9x8 1x10x8 --batch 1 --rounds 1 --dtypes float32 --out"

@@ -168,8 +168,10 @@ def test_a_default_device_of_the_users_changes_nothing() -> None:
 
 
 def test_a_whole_network_can_be_differentiated_forward_by_its_references() -> None:
-    network = build_model("dit_tiny", attention="math")
-    x, t, y = torch.randn(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = build_model("dit_tiny", attention="math").to(device)
+    x, t = torch.randn(1, 4, 8, 8, device=device), torch.zeros(1, device=device)
+    y = torch.zeros(1, dtype=torch.int64, device=device)
     torch.nn.init.normal_(network.get_parameter("final_layer.linear.weight"))
 
     def slope() -> torch.Tensor:
