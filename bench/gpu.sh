@@ -17,6 +17,10 @@
 # (pip's --platform manylinux_2_28_x86_64 and its like choose wheels for another kind of machine.) A stage installs what is
 # missing from there: pip install --no-index --find-links wheels. Never torch or triton: the machine's own are kept.
 #
+# What a stage took on an H200 with 16 processor cores: a benchmark 10 to 60 s with its compilation (DTYPES=bfloat16), a
+# training step of uvit_h2 a minute before its first step where torch.compile is among the sides. One stage at a time: what
+# else runs makes compilation several times slower.
+#
 # Environment: PYTHON (python3), WHEELS (wheels), LIMIT_S (450: seconds for a command), ROUNDS (31), DTYPES (bfloat16 float32),
 # ERDFAST_COMMIT (what results say where there is no .git), ERD, UVIT, LIGHTNINGDIT (checkouts of other repositories to be
 # measured beside ours), OUT (a folder that gets a copy of the log and of every result that a stage wrote).
@@ -46,6 +50,8 @@ stages() {
     step_dit_xl2_small "training steps, batch 32" \
     step_dit_b2 "training steps, batch 128" \
     step_dit_b2_small "training steps, batch 32" \
+    profile_uvit_h2 "where the time of a step goes, batch 128, compiled by blocks" \
+    profile_dit_b2 "the same" \
     digits "the digits recipe and its quality"
 }
 
@@ -86,7 +92,9 @@ tests() {
   if [ -n "$dry" ]; then
     run "$python" -m pytest -qq --collect-only "$@"
   else
-    run "$python" -m pytest -q -p no:cacheprovider --durations=10 "$@"
+    local parallel=()
+    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+    run "$python" -m pytest -q -p no:cacheprovider --tb=short --durations=10 "${parallel[@]}" "$@"
   fi
 }
 
@@ -122,6 +130,14 @@ step() { # model batch
   run "$python" -m bench.bench_train_step --model "$1" --batch "$2" "${others[@]}"
 }
 
+profile() { # model
+  if [ -n "$dry" ]; then
+    run "$python" -m bench.profile_step --model "${1%%_*}_tiny" --batch 4 --side ours --steps 1 --warmup 1 --no-save
+  else
+    run "$python" -m bench.profile_step --model "$1" --batch 128
+  fi
+}
+
 digits() {
   rm -rf "$logs/digits"
   if [ -n "$dry" ]; then
@@ -146,6 +162,7 @@ stage() {
     bench_*) benchmark "$1" ;;
     step_*_small) name=${1#step_}; step "${name%_small}" 32 ;;
     step_*) step "${1#step_}" 128 ;;
+    profile_*) profile "${1#profile_}" ;;
     digits) digits ;;
   esac
 }

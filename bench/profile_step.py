@@ -139,8 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     row["host_waits"] = count_syncs(step) if device.type == "cuda" else None
     print_summary(row)
     if args.save:
+        described = head() | {"op": "profile_step"}
         path = args.results / device_name() / f"profile_{args.model}_{args.batch}_{args.side}.json"
-        print(f"written: {ResultFile(path, missing=[], overwrite=True).write(head(), [row], finished=True)}")
+        print(f"written: {ResultFile(path, missing=[], overwrite=True).write(described, [row], finished=True)}")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,26 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
     return "\n".join(lines) + "\n"
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {"train_step": train_step_table}
+def profile_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
+    """Rows of profile_step: where the time of a step goes, by class of kernel."""
+    parts = []
+    for row in result["rows"]:
+        entries = [{"class": name, "ms": ms, "share": ms / row["ms"]} for name, ms in row["classes"].items()]
+        columns: dict[str, Callable[[Row], str]] = {
+            f"{row['case']}, {row['side']}": lambda entry: entry["class"],
+            "ms": lambda entry: milliseconds(entry["ms"]),
+            "share": lambda entry: f"{entry['share']:.1%}",
+        }
+        waits = "" if row["host_waits"] is None else f", {len(row['host_waits'])} waits of the host"
+        parts += [table(columns, entries), "", f"{milliseconds(row['ms'])} ms, {row['launches']:.0f} launches{waits}."]
+    where = result["environment"]
+    return "\n".join([*parts, "", f"{where['device']}, torch {where['torch']}, {where['date']}."]) + "\n"
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {
+    "train_step": train_step_table,
+    "profile_step": profile_table,
+}
 """Results that are not rows of the harness."""
 
 
@@ -208,6 +227,8 @@ def _remedy(path: Path) -> str:
     """What writes a result."""
     if path.stem == "aot":
         return "`python -m bench.aot --save` writes it"
+    if path.stem.startswith("profile"):
+        return "`python -m bench.profile_step` writes it"
     op = "train_step" if path.stem.startswith("train_step") else path.stem
     return f"`python -m bench.bench_{op}` writes it"
 

@@ -146,15 +146,12 @@ def attention_forward_kernel(
     total = tl.zeros([ROWS], tl.float32)
     out, out_rest = zeros_head(ROWS, MAIN, REST)
     # The tail comes first, here and below: after the loop, its loads and the loop's last would hold registers together.
-    # A loop of one step is not pipelined, here and below: Triton 3.6 does that wrongly on sm_90 (wrong sums, reads of
-    # memory that is not ours).
     if TAIL:
         top, total, out, out_rest = attend_tile(
             top, total, out, out_rest, q, q_rest, k_ptr, v_ptr, k_l * ALIGN, v_l * ALIGN, KEYS // TILE * TILE, scale,
             KEYS, TAIL, WIDTH, MAIN, REST, UPCAST, True,
         )
-    COUNT: tl.constexpr = KEYS // TILE if TAIL else (KEYS + TILE - 1) // TILE
-    for i in tl.range(0, COUNT, num_stages=1 if COUNT == 1 else None):
+    for i in range(KEYS // TILE if TAIL else (KEYS + TILE - 1) // TILE):
         top, total, out, out_rest = attend_tile(
             top, total, out, out_rest, q, q_rest, k_ptr, v_ptr, k_l * ALIGN, v_l * ALIGN, i * TILE, scale,
             KEYS, TILE, WIDTH, MAIN, REST, UPCAST, TAIL == 0 and KEYS % TILE != 0,
@@ -227,8 +224,7 @@ def grad_keys_block(
             dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_l, do_l,
             QUERIES // TILE * TILE, scale, QUERIES, TAIL, WIDTH, MAIN, REST, UPCAST, True,
         )
-    COUNT: tl.constexpr = QUERIES // TILE if TAIL else (QUERIES + TILE - 1) // TILE
-    for i in tl.range(0, COUNT, num_stages=1 if COUNT == 1 else None):
+    for i in range(QUERIES // TILE if TAIL else (QUERIES + TILE - 1) // TILE):
         dk, dk_rest, dv, dv_rest = grad_keys_tile(
             dk, dk_rest, dv, dv_rest, k, k_rest, v, v_rest, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_l, do_l, i * TILE,
             scale, QUERIES, TILE, WIDTH, MAIN, REST, UPCAST, TAIL == 0 and QUERIES % TILE != 0,
@@ -272,8 +268,7 @@ def grad_queries_block(
             dq, dq_rest, q, q_rest, dout, dout_rest, lse, delta, k_ptr, v_ptr, k_l, v_l, KEYS // TILE * TILE, scale,
             KEYS, TAIL, WIDTH, MAIN, REST, UPCAST, True,
         )
-    COUNT: tl.constexpr = KEYS // TILE if TAIL else (KEYS + TILE - 1) // TILE
-    for i in tl.range(0, COUNT, num_stages=1 if COUNT == 1 else None):
+    for i in range(KEYS // TILE if TAIL else (KEYS + TILE - 1) // TILE):
         dq, dq_rest = grad_queries_tile(
             dq, dq_rest, q, q_rest, dout, dout_rest, lse, delta, k_ptr, v_ptr, k_l, v_l, i * TILE, scale, KEYS, TILE,
             WIDTH, MAIN, REST, UPCAST, TAIL == 0 and KEYS % TILE != 0,
@@ -333,12 +328,24 @@ def config(width: int, dtype: torch.dtype, capability: int) -> Config:
 
     The largest tiles for which the compiler needs no spills and leaves room for two programs or more on a
     multiprocessor (65,536 registers), by `python -m bench.aot --kernel attention`: in bf16 at width 72, 168 registers
-    forward and 255 backward on sm_80, 130 and 245 on sm_90. `python -m bench.bench_attention --sweep` times others: on an
-    H200, of 27 cuts, this one was the fastest at 258 tokens of width 72.
+    forward and 255 backward on sm_80, 130 and 245 on sm_90. `python -m bench.bench_attention --sweep` times others: on
+    an H200, of 27 cuts, this one was the fastest at 258 tokens of width 72.
     """
     if dtype == torch.float32:
         return Config(16, 16, 4 if width <= 80 else 8, 1)
     return Config(64, 64, 4, 3) if capability >= 90 and width <= 80 else Config(64, 32, 4)
+
+
+def safe_config(width: int, dtype: torch.dtype, capability: int, queries: int, keys: int) -> Config:
+    """`config`, but for what Triton 3.6 computes wrongly on sm_90, as seen on an H200 (64 keys of width 40, 98 of 72).
+
+    Both are heads of two tiles whose walk over queries or keys has one full tile, and perhaps a masked one as large.
+    Programs of 32 rows take the tensor cores' older instruction and are right.
+    """
+    chosen = config(width, dtype, capability)
+    counts = (queries, keys)
+    suspect = any(count // chosen.tile == 1 or tail(count, chosen.tile) == chosen.tile for count in counts)
+    return Config(32, chosen.tile, 4) if chosen.rows == 64 and suspect and head_tiles(width)[1] else chosen
 
 
 def head_tiles(width: int) -> tuple[int, int]:
@@ -395,7 +402,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Config | None = None) -> t
     out, lse = empty_heads(q), q.new_empty((B, H, L), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    c = tiles or config(K, q.dtype, _capability(q.device))
+    c = tiles or safe_config(K, q.dtype, _capability(q.device), L, k.shape[2])
     align, strides = _layout(q, k, v, out)
     main, rest = head_tiles(K)
     with torch.cuda.device_of(q):
@@ -428,7 +435,7 @@ def attention_backward(
         dk.zero_()
         dv.zero_()
         return
-    c = tiles or config(K, q.dtype, _capability(q.device))
+    c = tiles or safe_config(K, q.dtype, _capability(q.device), L, M)
     main, rest = head_tiles(K)
     head = {"WIDTH": K, "MAIN": main, "REST": rest}
     delta = torch.empty_like(lse)

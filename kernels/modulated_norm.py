@@ -62,15 +62,15 @@ def row_block(width: int) -> int:
     return max(256, triton.next_power_of_2(width))
 
 
-def forward_warps(block: int) -> int:
+def forward_warps(block: int, reduces: bool = True) -> int:
     """Eight numbers of a row to a thread, 16 bytes of bf16; sixteen where four warps then hold the row: reductions wait
     for fewer. (An H200 takes 120 us for 128x258x1152 with 4 warps, 128 with 8, 152 with 16.)"""
-    return max(min(4, block // 256), block // 512)
+    return max(min(4, block // 256), block // 512) if reduces else block // 256
 
 
-def grad_warps(block: int) -> int:
+def grad_warps(block: int, reduces: bool = True) -> int:
     """As few as registers allow. (An H200 takes 175 us for 128x258x1152 with 4 warps, 207 with 8, 206 with 16.)"""
-    return max(min(4, block // 128), block // 512)
+    return max(min(4, block // 128), block // 512) if reduces else min(16, block // 128)
 
 
 class Split(NamedTuple):
@@ -327,7 +327,7 @@ def modulated_norm(
             NORM=NORMS[norm],
             ROWS=ROWS,
             BLOCK=block,
-            num_warps=forward_warps(block),
+            num_warps=forward_warps(block, norm != "none"),
         )
     return r, y, stats
 
@@ -414,7 +414,7 @@ def modulated_norm_grad(
             ROWS=split.rows,
             STAGES=GRAD_STAGES,
             BLOCK=block,
-            num_warps=grad_warps(block),
+            num_warps=grad_warps(block, norm != "none"),
         )
         if partials is not None:
             add_sums(partials, per_channel, scale, weight, bias, split.chunks, norm_sums, want)

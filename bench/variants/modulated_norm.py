@@ -85,7 +85,7 @@ def _forward(case: Case) -> Variant:
     block = row_block(case.width)
     constants = {"NORM": NORMS[case.norm], "ROWS": ROWS, "BLOCK": block}
     names = aligned(signature, case.width)
-    warps = forward_warps(block)
+    warps = forward_warps(block, has_norm)
     return Variant("modulated_norm", case.label, modulated_norm_kernel, signature, constants, names, warps)
 
 
@@ -112,6 +112,6 @@ def _backward(case: Case) -> Variant:
     block = kernels.row_block(case.width)
     constants = {"NORM": kernels.NORMS[case.norm], "NORM_SUMS": sums, "GATE_SUM": gated, "BLOCK": block}
     constants |= {"ROWS": kernels.grad_split(256).rows, "STAGES": kernels.GRAD_STAGES}
-    fn, warps = kernels.modulated_norm_grad_kernel, kernels.grad_warps(block)
+    fn, warps = kernels.modulated_norm_grad_kernel, kernels.grad_warps(block, has_norm)
     names = aligned(signature, case.width)
     return Variant("modulated_norm_grad", case.label, fn, signature, constants, names, warps)

@@ -31,7 +31,7 @@ from .health import Health, check_weights
 from .interrupt import Interrupt, Vote
 from .metrics import LossByLogsnr, MetricsWriter, read_metrics
 from .optimizer import build_optimizer, learning_rate
-from .parallel import World, average_gradients, choose_mode, communicating, replicate, shard
+from .parallel import World, average_gradients, choose_mode, communicating, full_tensor, replicate, shard
 from .precision import PrecisionPolicy, resolve_precision
 from .preview import Preview, write_summary
 from .recompute import apply_recompute
@@ -130,7 +130,16 @@ class Trainer:
         self.averaged = Averaged(self._fresh_modules, self.parameters, averages, self.world)
 
     def _fresh_modules(self) -> tuple[Backbone, Process]:
-        return build_network(self.config, self.dataset).to(self.device), self.config.process.build().to(self.device)
+        """For the averages: like the trained ones, but for what is trained, which is not initialised."""
+        with torch.device("meta"):  # half a billion random numbers take seconds
+            network = build_network(self.config, self.dataset)
+        network.to_empty(device=self.device)
+        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+                if not own[name].requires_grad:
+                    tensor.copy_(full_tensor(own[name]))
+        return network, self.config.process.build().to(self.device)
 
     def describe(self) -> str:
         """How the work is shared and compiled: "ddp on 8 processes, 32 images each, bf16, compile block"."""

@@ -108,8 +108,17 @@ def test_the_tokens_and_head_width_of_uvit_h(dtype, device):
     "tiles", [Config(64, 64, 4), Config(128, 32, 8), Config(32, 64, 4), Config(16, 16, 4)], ids=str
 )
 def test_the_cut_does_not_matter(tiles, device):
-    inputs = make((1, 1, 70, 98, 72), torch.float16, device)
+    inputs = make((1, 1, 134, 162, 72), torch.float16, device)  # two full tiles: see safe_config
     compare(run(*inputs, tiles=tiles), formula(*inputs), torch.float16)
+
+
+def test_what_the_compiler_gets_wrong_is_cut_otherwise():
+    dtype = torch.bfloat16
+    for queries, keys in ((66, 64), (70, 300), (300, 98)):
+        assert kernels.safe_config(72, dtype, 90, queries, keys).rows == 32
+    assert kernels.safe_config(64, dtype, 90, 66, 64) == config(64, dtype, 90)
+    assert kernels.safe_config(72, dtype, 90, 258, 258) == config(72, dtype, 90)
+    assert kernels.safe_config(72, dtype, 90, 18, 18) == config(72, dtype, 90)
 
 
 @pytest.mark.parametrize("width", [24, 5], ids=["units of 16 bytes", "odd"])

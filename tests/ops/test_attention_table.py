@@ -82,7 +82,7 @@ def test_users_rows_come_first_and_the_most_specific_wins(user_rows):
     assert lookup(training=True) == "triton"
     assert lookup(training=False) == "flash"
     assert lookup(head_width=16) == lookup(head_width=None) == "math"
-    assert table.table_head_widths() == (8,)
+    assert table.table_head_widths() == (8, 72)  # the user's and ours
     assert lookup(keys=16) is None
     assert lookup(dtype=torch.bfloat16) == "flash"
     assert lookup(keys=64, dtype=torch.bfloat16) == "math"
