@@ -310,6 +310,8 @@ class SampleConfig:
     """Images per network call."""
     precision: Precision = "auto"
     """Of the network; the sampler's state is float32."""
+    weights: Path | None = None
+    """Averaged weights in place of the newest checkpoint's: a file that `python -m erdfast.ema` made."""
 
     def validate(self) -> None:
         """Raise ValueError for a number out of range."""
@@ -334,10 +336,35 @@ class EvaluateConfig:
     """Images per network call."""
     precision: Precision = "auto"
     """Of the network; the sampler's state is float32."""
+    weights: Path | None = None
+    """Averaged weights in place of the newest checkpoint's: a file that `python -m erdfast.ema` made."""
 
     def validate(self) -> None:
         """Raise ValueError for a number out of range."""
         _require_sampling(self.steps, self.seed, self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaReconstruction:
+    """Make averaged weights of another width from a run's snapshots (train with --ema-std 0.05 0.1)."""
+
+    run: Path
+    """Run directory of erdfast.train."""
+    std: float | None = None
+    """Relative width of the wanted average, 0.01 to 0.25; without it, the snapshots are listed."""
+    step: int | None = None
+    """Step at which the average ends; by default that of the newest snapshot."""
+    out: Path | None = None
+    """File; by default RUN/model-std<width>.safetensors."""
+
+    def validate(self) -> None:
+        """Raise ValueError for a number out of range."""
+        if self.std is not None:
+            _require("std", self.std, 0.01 <= self.std <= 0.25, "in [0.01, 0.25]")
+        if self.step is not None:
+            _require("step", self.step, self.step >= 1, "at least 1")
+        if self.out is not None and self.out.suffix != ".safetensors":
+            raise ValueError(f"out={self.out} must end in .safetensors")
 
 
 def check_types(config: Any) -> None:

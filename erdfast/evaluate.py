@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(EvaluateConfig, argv)
     config.validate()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = open_run(config.run, config.precision, device)
+    run = open_run(config.run, config.precision, device, config.weights)
     if run.config.data != "digits":
         raise ValueError(f"{config.run} was trained on {run.config.data}; only runs on digits can be evaluated so far")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from erdfast.config import TrainConfig
@@ -18,7 +19,7 @@ from erdfast.training.checkpoint_files import newest_checkpoint, read_model, rea
 from erdfast.training.precision import PrecisionPolicy, resolve_precision
 from erdfast.training.run_directory import load_run_config
 from erdfast.training.setup import build_network, open_data
-from erdfast.training.state import PUBLISHED_PROCESS
+from erdfast.training.state import PROCESS, PUBLISHED_PROCESS
 
 
 class PublishedRun(NamedTuple):
@@ -35,8 +36,14 @@ class PublishedRun(NamedTuple):
     precision: PrecisionPolicy
 
 
-def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
+def open_run(run: Path, precision: str, device: torch.device, weights: Path | None = None) -> PublishedRun:
     """Read the newest complete checkpoint of a run directory.
+
+    Args:
+        run: the directory.
+        precision: of the network.
+        device: where it shall be.
+        weights: averaged weights of `python -m erdfast.ema` in place of the checkpoint's.
 
     Raises:
         ValueError: it is no run directory, has no complete checkpoint, or its data is gone; names the file.
@@ -51,10 +58,27 @@ def open_run(run: Path, precision: str, device: torch.device) -> PublishedRun:
     try:
         model.load_state_dict(read_model(checkpoint))
         process.load_state_dict(_averaged_process(checkpoint, process))
+        if weights is not None:
+            checkpoint = _load_weights(weights, model, process, checkpoint)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # PyTorch lists every name
-        raise ValueError(f"{checkpoint} does not fit {run / 'config.json'}: {reason}") from error
+        raise ValueError(f"{weights or checkpoint} does not fit {run / 'config.json'}: {reason}") from error
     return PublishedRun(config, int(checkpoint.name), dataset, model.to(device).eval(), process.to(device), policy)
+
+
+def _load_weights(path: Path, model: Backbone, process: Process, checkpoint: Path) -> Path:
+    """Load a file of `python -m erdfast.ema`; gives the checkpoint's path, named by that average's step."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--weights {path} cannot be read: {error}") from error
+    own = {name: value for name, value in tensors.items() if not name.startswith(PROCESS)}
+    model.load_state_dict(own)
+    learnt = {name.removeprefix(PROCESS): value for name, value in tensors.items() if name.startswith(PROCESS)}
+    process.load_state_dict(process.state_dict() | learnt)
+    return checkpoint.with_name(notes.get("step", checkpoint.name))
 
 
 def _averaged_process(checkpoint: Path, process: Process) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = open_run(config.run, config.precision, device)
+    run = open_run(config.run, config.precision, device, config.weights)
     labels = None
     if run.model.num_classes:
         labels = default_labels(config.num, run.model.num_classes, config.classes or None)

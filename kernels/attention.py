@@ -328,8 +328,7 @@ def config(width: int, dtype: torch.dtype, capability: int) -> Config:
 
     The largest tiles for which the compiler needs no spills and leaves room for two programs or more on a
     multiprocessor (65,536 registers), by `python -m bench.aot --kernel attention`: in bf16 at width 72, 168 registers
-    forward and 255 backward on sm_80, 130 and 245 on sm_90. `python -m bench.bench_attention --sweep` times others: on
-    an H200, of 27 cuts, this one was the fastest at 258 tokens of width 72.
+    forward and 255 backward on sm_80. `python -m bench.bench_attention --sweep` times others: an H200's best of 27.
     """
     if dtype == torch.float32:
         return Config(16, 16, 4 if width <= 80 else 8, 1)
@@ -337,11 +336,8 @@ def config(width: int, dtype: torch.dtype, capability: int) -> Config:
 
 
 def safe_config(width: int, dtype: torch.dtype, capability: int, queries: int, keys: int) -> Config:
-    """`config`, but for what Triton 3.6 computes wrongly on sm_90, as seen on an H200 (64 keys of width 40, 98 of 72).
-
-    Both are heads of two tiles whose walk over queries or keys has one full tile, and perhaps a masked one as large.
-    Programs of 32 rows take the tensor cores' older instruction and are right.
-    """
+    """`config`, but for what Triton 3.6 computes wrongly on sm_90, as seen on an H200: heads of two tiles with a single
+    full tile of queries or keys. Programs of 32 rows take another instruction of the tensor cores and are right."""
     chosen = config(width, dtype, capability)
     counts = (queries, keys)
     suspect = any(count // chosen.tile == 1 or tail(count, chosen.tile) == chosen.tile for count in counts)

@@ -15,6 +15,7 @@ import pytest
 from erdfast import cli, config, presets
 from erdfast.config import (
     EmaConfig,
+    EmaReconstruction,
     EvaluateConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -23,7 +24,8 @@ from erdfast.config import (
     TrainConfig,
 )
 
-CONFIGS = [ProcessConfig, OptimizerConfig, EmaConfig, PreviewConfig, TrainConfig, SampleConfig, EvaluateConfig]
+CONFIGS = [ProcessConfig, OptimizerConfig, EmaConfig, PreviewConfig, TrainConfig]
+CONFIGS += [SampleConfig, EvaluateConfig, EmaReconstruction]
 GROUPS = {"process", "optimizer", "ema", "preview"}
 
 
@@ -66,7 +68,9 @@ def test_every_field_is_explained(config_type):
 
 @pytest.mark.parametrize(
     ("config_type", "entry_point"),
-    [(kind, TrainConfig) for kind in CONFIGS[:4]] + [(SampleConfig, SampleConfig), (EvaluateConfig, EvaluateConfig)],
+    [(kind, TrainConfig) for kind in CONFIGS[:4]]
+    + [(SampleConfig, SampleConfig), (EvaluateConfig, EvaluateConfig)]
+    + [(EmaReconstruction, EmaReconstruction)],
 )
 def test_help_shows_every_flag_with_its_docstring(config_type, entry_point):
     shown = help_of(entry_point)
@@ -157,6 +161,10 @@ LIMITS = {
         "sample_steps": ([1, 0], [2]),
         "sample_cfg_scale": ([-0.1, NAN, INF], [0.0, 1.0]),
     },
+    EmaReconstruction: {
+        "std": ([0.009, 0.26, NAN], [0.01, 0.25]),
+        "step": ([0, -1], [1]),
+    },
     TrainConfig: {
         "steps": ([0, -1, 2**32], [1, 2**32 - 1]),
         "batch_size": ([0, -256], [1]),
@@ -190,7 +198,7 @@ LIMITS = {
         "k_bins": ([0, -1], [128]),
     },
 }
-REQUIRED = {SampleConfig: {"run": Path("run")}, EvaluateConfig: {"run": Path("run")}}
+REQUIRED = {kind: {"run": Path("run")} for kind in (SampleConfig, EvaluateConfig, EmaReconstruction)}
 CONTEXT = {
     "kappa_clip": {"schedule": "flow", "target": "u", "weighting": "constant", "loss_space": "v"},
     "logit_mean": {"time_sampler": "logit_normal"},

@@ -39,7 +39,8 @@ ALLOWED["erdfast.training"] = {
     "erdfast",
     *(name for name in ALLOWED if name not in ("erdfast.kernels", "erdfast.evaluation")),
 }
-ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run", "erdfast.train", "erdfast.sample", "erdfast.evaluate"}
+ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run"}
+ENTRY_POINTS |= {"erdfast.train", "erdfast.sample", "erdfast.evaluate", "erdfast.ema"}
 EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard", "wandb"}
 """Optional dependencies: imported where they are used, never when a module is."""
 

@@ -56,6 +56,12 @@ def find_newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def complete_step(run: Path) -> int | None:
+    """The step of the newest complete checkpoint; None if there is none."""
+    path, _ = find_newest(run)
+    return None if path is None else int(path.name)
+
+
 def newest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run directory.
 
@@ -186,19 +192,35 @@ def _naming(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------- writing
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that everyone may read.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that everyone may read, with notes in its header.
 
     Raises:
         OSError: it cannot be written.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        # One key only: safetensors writes several in random order, and equal runs shall leave equal files.
-        save_file(contiguous, path, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt", **(notes or {})})
+        settle_header(path)
         path.chmod(0o644)  # safetensors makes files that only their owner can read
     except SafetensorError as error:  # safetensors hides a full disk in an error of its own
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+    """`save_tensors`, complete or absent; makes the folder if need be.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was and nothing else remains.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_tensors(temporary, tensors, notes)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def settle_header(path: Path) -> None:

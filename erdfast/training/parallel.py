@@ -111,7 +111,11 @@ def open_world(device: torch.device) -> Iterator[World]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # Both: checkpoints and signals are agreed on between hosts, without a GPU that would have to wait.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart: the addresses of processes that died must not be taken for the new ones'.
+    own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield _world(device)
     finally:

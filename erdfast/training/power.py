@@ -56,3 +56,13 @@ def coefficients(times: Sequence[float], stds: Sequence[float], time: float, std
     wanted_t, wanted = np.array([time], dtype=np.float64), np.array([gamma_of_std(std)])
     gram = inner_products(t, gammas, t, gammas)
     return np.linalg.lstsq(gram, inner_products(t, gammas, wanted_t, wanted)[:, 0], rcond=1e-13)[0]
+
+
+def mismatch(times: Sequence[float], stds: Sequence[float], weights: np.ndarray, time: float, std: float) -> float:
+    """L2 distance between the profile that `weights` make of the kept ones and the wanted one, relative to its norm."""
+    t, gammas = np.asarray(times, dtype=np.float64), np.array([gamma_of_std(value) for value in stds])
+    wanted_t, wanted = np.array([time], dtype=np.float64), np.array([gamma_of_std(std)])
+    own = inner_products(wanted_t, wanted, wanted_t, wanted)[0, 0]
+    cross = inner_products(t, gammas, wanted_t, wanted)[:, 0] @ weights
+    made = weights @ inner_products(t, gammas, t, gammas) @ weights
+    return float(np.sqrt(max(own - 2 * cross + made, 0.0) / own))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from erdfast.models.flops import training_flops, training_memory
 from erdfast.process import Process
 
 from .checkpoint import CheckpointWriter, load_into
-from .checkpoint_files import checkpoint_path, find_newest, newest_checkpoint, publish
+from .checkpoint_files import checkpoint_path, complete_step, find_newest, newest_checkpoint, publish
 from .ema import Ema
 from .graph import GraphedMicroBatch, MicroBatch, check_graph
 from .health import Health, check_weights
@@ -32,10 +31,12 @@ from .interrupt import Interrupt, Vote
 from .metrics import LossByLogsnr, MetricsWriter, read_metrics
 from .optimizer import build_optimizer, learning_rate
 from .parallel import World, average_gradients, choose_mode, communicating, full_tensor, replicate, shard
+from .plan import micro_batches, resolve_compile, warm_cache
 from .precision import PrecisionPolicy, resolve_precision
 from .preview import Preview, write_summary
 from .recompute import apply_recompute
 from .setup import build_network
+from .snapshots import snapshot_path, write_snapshot
 from .speed import Speedometer
 from .state import MODEL, Averaged, state_tensors, trained
 from .step import DiffusionStep, StepResult, compile_step
@@ -193,6 +194,8 @@ class Trainer:
             self._maybe_preview()
             if self.step % config.checkpoint_every == 0:
                 self._save_or_warn()
+        if config.ema.ema_std and self._snapshot_is_due():
+            self._snapshot()
 
     def _train_step(self) -> Tensor | None:
         """One optimiser step; returns the gradient norm before clipping where it was computed."""
@@ -339,6 +342,20 @@ class Trainer:
         self._saved = self.step
         self.speed.pause()
 
+    def _snapshot_is_due(self) -> bool:
+        every = self.config.ema.ema_snapshot_every or self.config.checkpoint_every
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _snapshot(self) -> None:
+        """Write every power-function average; what averages of other widths are made of afterwards."""
+        for number, name in enumerate(self.ema.names):
+            tensors = {key: full_tensor(value) for key, value in self.ema.snapshot(number).items()}
+            if self.world.is_main:
+                with self._going_on("a snapshot of the averages"):
+                    std = self.config.ema.ema_std[number]
+                    write_snapshot(snapshot_path(self.run, self.step, name), tensors, self.step, std)
+        self.speed.pause()
+
     def _save_or_warn(self) -> None:
         self.health.check(self._newest)
         self._is_written()  # or has been said not to be
@@ -414,44 +431,3 @@ class Trainer:
         if line.partition(":")[0] not in self._warned:
             self._warned.add(line.partition(":")[0])
             self.say(line)
-
-
-def micro_batches(config: TrainConfig, world: World) -> list[tuple[int, int]]:
-    """(offset, count) in the global batch of what this process takes in a step, part by part.
-
-    Raises:
-        ValueError: the batch cannot be divided so.
-    """
-    shares = world.size * config.accumulation
-    count, rest = divmod(config.batch_size, shares)
-    if rest:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not divisible by {world.size} processes times accumulation "
-            f"{config.accumulation}"
-        )
-    return [((part * world.size + world.rank) * count, count) for part in range(config.accumulation)]
-
-
-def resolve_compile(asked: str, mode: str, device: torch.device) -> str:
-    """`auto` becomes block on a GPU, none elsewhere.
-
-    Raises:
-        ValueError: one graph from data to loss is asked for where FSDP's hooks would break it.
-    """
-    if asked == "auto":
-        return "block" if device.type == "cuda" else "none"
-    if asked in ("full", "max-autotune") and mode in ("fsdp", "hsdp"):
-        raise ValueError(f"compile {asked} makes one graph, which {mode} cannot gather weights in; choose block")
-    return asked
-
-
-def warm_cache(run: Path) -> None:
-    """Let what the compiler makes live with the run, so that a restart finds it."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((run / "cache" / "inductor").resolve()))
-    os.environ.setdefault("TRITON_CACHE_DIR", str((run / "cache" / "triton").resolve()))
-
-
-def complete_step(run: Path) -> int | None:
-    """The step of the newest complete checkpoint; None if there is none."""
-    path, _ = find_newest(run)
-    return None if path is None else int(path.name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from erdfast.training.parallel import World, choose_mode
-from erdfast.training.trainer import micro_batches, resolve_compile
+from erdfast.training.plan import micro_batches, resolve_compile
 from tests.runs import ROOT, tiny_config
 from tests.training.rank_cases import run_cases
 

@@ -1,0 +1,77 @@
+"""`python -m erdfast.ema`: averages of another width, made of a run's snapshots after training (EDM2, sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from erdfast import cli
+from erdfast.config import EmaReconstruction
+from erdfast.published_run import open_run
+from erdfast.training.checkpoint_files import replace_tensors
+from erdfast.training.snapshots import Combination, Snapshot, combine, list_snapshots, reconstruct
+from erdfast.training.state import MODEL, PROCESS
+
+GOOD, BAD = 0.05, 0.5
+"""Relative distances of the profiles above which a warning is due, and above which nothing is written."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, list or reconstruct; returns the exit code."""
+    config = cli.parse(EmaReconstruction, argv)
+    config.validate()
+    snapshots = list_snapshots(config.run)
+    if not snapshots:
+        raise ValueError(f"{config.run / 'ema'} holds no snapshots: train with --ema-std 0.05 0.1")
+    if config.std is None:
+        _print_list(snapshots)
+        return 0
+    step = config.step or snapshots[-1].step
+    combination = combine(snapshots, step, config.std)
+    _report(combination, step, config.std)
+    out = config.out or config.run / f"model-std{config.std:.3f}.safetensors"
+    _write(out, config.run, combination, step, config.std)
+    print(f"written: {out}; python -m erdfast.sample --run {config.run} --weights {out}")
+    return 0
+
+
+def _print_list(snapshots: Sequence[Snapshot]) -> None:
+    for std in sorted({snapshot.std for snapshot in snapshots}):
+        steps = [snapshot.step for snapshot in snapshots if snapshot.std == std]
+        print(f"width {std:g}: {len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}")
+    print("--std WIDTH makes an average of another width")
+
+
+def _report(combination: Combination, step: int, std: float) -> None:
+    """Say how well it can be done.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    low, high = combination.weights.min(), combination.weights.max()
+    text = (
+        f"width {std:g} at step {step:,} from {len(combination.snapshots)} snapshots: weights {low:.3g} to {high:.3g}, "
+        f"the profile within {combination.error:.2%}"
+    )
+    if combination.error > BAD:
+        raise ValueError(f"{text}: too far off; choose a width or a step nearer to those of the snapshots")
+    print(text + (": a poor match, nearer to the snapshots is better" if combination.error > GOOD else ""))
+
+
+def _write(out: Path, run: Path, combination: Combination, step: int, std: float) -> None:
+    """The averaged network under the published names, and a learnt target as "process.*"."""
+    opened = open_run(run, "fp32", torch.device("cpu"))
+    known = opened.model.state_dict()
+    made = reconstruct(combination)
+    tensors = {name.removeprefix(MODEL): value for name, value in made.items() if name.startswith(MODEL)}
+    if unknown := [name for name in tensors if name not in known]:
+        raise ValueError(f"{combination.snapshots[0].path} holds {unknown[0]}, which the network of {run} has not")
+    tensors = {name: value.clone() for name, value in known.items()} | tensors
+    tensors |= {name: value for name, value in made.items() if name.startswith(PROCESS)}
+    replace_tensors(out, tensors, {"step": str(step), "std": repr(std)})
+
+
+if __name__ == "__main__":
+    cli.run(main, "erdfast.ema")

@@ -1,0 +1,47 @@
+"""How the work of a step is divided and compiled: decided once, before a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from erdfast.config import TrainConfig
+
+from .parallel import World
+
+
+def micro_batches(config: TrainConfig, world: World) -> list[tuple[int, int]]:
+    """(offset, count) in the global batch of what this process takes in a step, part by part.
+
+    Raises:
+        ValueError: the batch cannot be divided so.
+    """
+    shares = world.size * config.accumulation
+    count, rest = divmod(config.batch_size, shares)
+    if rest:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by {world.size} processes times accumulation "
+            f"{config.accumulation}"
+        )
+    return [((part * world.size + world.rank) * count, count) for part in range(config.accumulation)]
+
+
+def resolve_compile(asked: str, mode: str, device: torch.device) -> str:
+    """`auto` becomes block on a GPU, none elsewhere.
+
+    Raises:
+        ValueError: one graph from data to loss is asked for where FSDP's hooks would break it.
+    """
+    if asked == "auto":
+        return "block" if device.type == "cuda" else "none"
+    if asked in ("full", "max-autotune") and mode in ("fsdp", "hsdp"):
+        raise ValueError(f"compile {asked} makes one graph, which {mode} cannot gather weights in; choose block")
+    return asked
+
+
+def warm_cache(run: Path) -> None:
+    """Let what the compiler makes live with the run, so that a restart finds it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((run / "cache" / "inductor").resolve()))
+    os.environ.setdefault("TRITON_CACHE_DIR", str((run / "cache" / "triton").resolve()))

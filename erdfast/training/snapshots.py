@@ -1,0 +1,113 @@
+"""Snapshots of power-function averages, RUN/ema/<step>-<average>.safetensors, and averages made of them afterwards.
+
+A snapshot holds the trained parameters by the names they have in a `DiffusionStep`, float32, and its step and relative
+width as metadata. Karras et al. 2024 (EDM2), sec. 3.2: an average of any width is a combination of snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checkpoint_files import replace_tensors
+from .power import coefficients, mismatch
+
+FOLDER = "ema"
+
+
+@dataclass(frozen=True, order=True)
+class Snapshot:
+    """One file."""
+
+    step: int
+    """Optimiser steps that the average has seen."""
+    std: float
+    """Relative width of its profile."""
+    path: Path
+
+
+def snapshot_path(run: Path, step: int, name: str) -> Path:
+    """Where the average `name` ("std0.050") of a step lies."""
+    return run / FOLDER / f"{step:08d}-{name}.safetensors"
+
+
+def write_snapshot(path: Path, tensors: Mapping[str, Tensor], step: int, std: float) -> None:
+    """Write one average; complete or absent.
+
+    Raises:
+        OSError: it cannot be written; nothing remains.
+    """
+    on_cpu = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
+    replace_tensors(path, on_cpu, {"step": str(step), "std": repr(std)})
+
+
+def list_snapshots(run: Path) -> list[Snapshot]:
+    """All snapshots of a run in order of step and width.
+
+    Raises:
+        ValueError: a file is damaged or none of ours; names it.
+    """
+    return sorted(_describe(path) for path in sorted((run / FOLDER).glob("*.safetensors")))
+
+
+def _describe(path: Path) -> Snapshot:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        return Snapshot(int(about["step"]), float(about["std"]), path)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no snapshot of an average: {error}; delete or move it") from error
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Which snapshots make an average, and how well."""
+
+    snapshots: list[Snapshot]
+    weights: np.ndarray
+    error: float
+    """Distance between the profile that they make and the wanted one, relative to the latter's norm."""
+
+
+def combine(snapshots: Sequence[Snapshot], step: int, std: float) -> Combination:
+    """The best combination of the snapshots up to `step` for the average of width `std` there.
+
+    Raises:
+        ValueError: there are none, or `std` is out of range.
+    """
+    usable = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    if not usable:
+        raise ValueError(f"no snapshot is from step {step:,} or before")
+    times, stds = [s.step for s in usable], [s.std for s in usable]
+    weights = coefficients(times, stds, step, std)
+    return Combination(usable, weights, mismatch(times, stds, weights, step, std))
+
+
+def reconstruct(combination: Combination) -> dict[str, Tensor]:
+    """The average by parameter, float32; summed in float64, one file in memory at a time.
+
+    Raises:
+        ValueError: a file is damaged or of another network; names it.
+    """
+    total: dict[str, Tensor] = {}
+    for snapshot, weight in zip(combination.snapshots, combination.weights.tolist(), strict=True):
+        try:
+            with safe_open(snapshot.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{snapshot.path} is damaged: {error}") from error
+        if total and _shapes(tensors) != _shapes(total):
+            raise ValueError(f"{snapshot.path} holds other parameters than {combination.snapshots[0].path}")
+        for name, tensor in tensors.items():
+            total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor.mul_(weight)
+    return {name: tensor.to(torch.float32) for name, tensor in total.items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
