@@ -7,17 +7,21 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from erdfast import cli, presets
 from erdfast.config import TrainConfig
 from erdfast.data import Dataset
-from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
+from erdfast.training.checkpoint_files import STATE, newest_checkpoint, read_model
 from erdfast.training.parallel import World
 from erdfast.training.run_directory import create_run_directory
 from erdfast.training.setup import open_data
@@ -62,9 +66,19 @@ def tiny_trainer(run: Path, dataset: Dataset | None = None, **options) -> Traine
 
 
 def all_tensors(run: Path) -> dict[str, Tensor]:
-    """Weights, moments and averages of the newest checkpoint."""
+    """Weights, moments and averages of the newest checkpoint, whole, however many processes wrote it."""
     checkpoint = newest_checkpoint(run)
-    return read_tensors(checkpoint, "") | {f"model/{name}": value for name, value in read_model(checkpoint).items()}
+    return _whole(checkpoint / STATE) | {f"model/{name}": value for name, value in read_model(checkpoint).items()}
+
+
+def _whole(state: Path) -> dict[str, Tensor]:
+    reader = HuggingFaceStorageReader(str(state))
+    entries = reader.read_metadata().state_dict_metadata.items()
+    tensors = {name: torch.empty(e.size) for name, e in entries if isinstance(e, TensorStorageMetadata)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(state)), no_dist=True)
+    return tensors
 
 
 def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

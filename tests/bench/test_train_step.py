@@ -60,9 +60,7 @@ def test_our_side_is_the_trainers_step(model: str) -> None:
     step()
     assert (trainer.step, trainer.config.batch_size) == (2, 4)
     assert trainer.dataset.is_latent == (model == "dit_tiny")
-    with pytest.raises(
-        ValueError, match="ours_compile, ours_graph, erd, uvit, lightningdit"
-    ):
+    with pytest.raises(ValueError, match="ours_compile, ours_graph, erd, uvit, lightningdit"):
         step_sides.build("theirs", TINY, CPU)
 
 

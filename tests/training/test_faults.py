@@ -1,0 +1,123 @@
+"""What is saved survives kill -9 at any moment, in one process and in several: the end is as if undisturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from erdfast import train
+from erdfast.training.checkpoint_files import complete_checkpoints, complete_step, verify
+from tests.runs import ROOT, TINY, all_tensors, assert_same_bits, start, wait_until, words
+
+KILLS = int(os.environ.get("ERDFAST_KILLS", "6"))
+"""The more, the longer: ERDFAST_KILLS=50 takes three minutes on a core."""
+STEPS = 300
+OPTIONS = [
+    *TINY,
+    *words(f"--steps {STEPS} --log-every 20 --seed 5 --checkpoint-every 2 --keep-last 2 --keep-every 100"),
+]
+SHARED_STEPS = 12
+SHARED = [*TINY, *words(f"--steps {SHARED_STEPS} --log-every 1 --checkpoint-every 1 --parallel fsdp --batch-size 4")]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    assert train.main([*map(str, OPTIONS), "--out", str(undisturbed)]) == 0
+    chance = random.Random(0)
+    killed = 0
+    for number in range(KILLS):
+        done = complete_step(run) or 0
+        if done >= STEPS:
+            break
+        with start([*OPTIONS, "--out", run, "--resume", "auto"]) as process:
+            if number % 4:  # most often while steps and checkpoints follow each other, sometimes while it starts
+                wait_until(lambda done=done: (complete_step(run) or 0) > done, process)
+                time.sleep(chance.uniform(0.0, 0.05))
+            else:
+                time.sleep(chance.uniform(0.0, 3.0))
+            process.kill()
+            process.communicate(timeout=120)
+        killed += process.returncode == -signal.SIGKILL
+        for path in complete_checkpoints(run / "checkpoints"):
+            verify(path)
+        assert (complete_step(run) or 0) >= done
+    assert killed >= min(KILLS, 3)
+    assert train.main([*map(str, OPTIONS), "--out", str(run), "--resume", "auto"]) == 0
+    assert_same_bits(all_tensors(run), all_tensors(undisturbed))
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == [f"{step:08d}" for step in (100, 200, STEPS - 2, STEPS)]
+
+
+def torchrun(*arguments: object) -> subprocess.Popen[str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """Two processes, undisturbed."""
+    run = tmp_path_factory.mktemp("shared") / "run"
+    with torchrun("-m", "erdfast.train", *SHARED, "--out", run) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert complete_step(run) == SHARED_STEPS
+    return run
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_started_again(tmp_path, shared):
+    run = tmp_path / "run"
+    script = ROOT / "tests" / "training" / "crashing_rank.py"
+    options = [*SHARED, "--out", run, "--resume", "auto"]
+    with torchrun("--max-restarts", "1", script, run, *options) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"resuming {run} at step" in out
+    assert_same_bits(all_tensors(run), all_tensors(shared))
+
+
+@pytest.mark.slow
+def test_preemption_of_several_processes(tmp_path, shared):
+    run = tmp_path / "run"
+    options = [*SHARED, "--out", run, "--resume", "auto"]
+    with torchrun("-m", "erdfast.train", *options) as process:
+        wait_until(lambda: (complete_step(run) or 0) >= 2, process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=300)
+    step = complete_step(run)
+    assert step is not None
+    with torchrun("-m", "erdfast.train", *options) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert step == SHARED_STEPS or f"resuming {run} at step {step} of {SHARED_STEPS}" in out
+    assert_same_bits(all_tensors(run), all_tensors(shared))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_one(tmp_path, shared):
+    """A checkpoint of two shards, continued by one process without sharding: equal but for rounding."""
+    run = tmp_path / "run"
+    shorter = [*SHARED, "--steps", "6", "--out", run]
+    with torchrun("-m", "erdfast.train", *shorter) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert train.main(["--resume", str(run), "--steps", str(SHARED_STEPS), "--parallel", "auto"]) == 0
+    alone, wanted = all_tensors(run), all_tensors(shared)
+    assert alone.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (alone[name] - value).abs().max() <= 2e-4 * max(1.0, float(value.abs().max())), name
