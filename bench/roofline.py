@@ -30,6 +30,7 @@ from erdfast import presets
 from erdfast.models import BackboneConfig, DiTConfig, UViTConfig
 from erdfast.models.dit import TIME_FEATURES
 from erdfast.models.flops import parameter_count, training_flops
+from erdfast.training.gpus import GPUS
 
 LOW = 2
 """Bytes of a bf16 number."""
@@ -51,10 +52,10 @@ class Machine:
 
 # fmt: off
 MACHINES = {machine.name: machine for machine in (
-    Machine(name="a100",          flops_per_s=312e12, bytes_per_s=2.04e12, source="data sheet, 80 GB SXM"),
-    Machine(name="h100",          flops_per_s=989e12, bytes_per_s=3.35e12, source="data sheet, SXM"),
-    Machine(name="h200",          flops_per_s=989e12, bytes_per_s=4.8e12,  source="data sheet"),
-    Machine(name="h200_measured", flops_per_s=790e12, bytes_per_s=4.8e12,
+    *(Machine(name=gpu.name, flops_per_s=gpu.flops_per_s, bytes_per_s=gpu.bytes_per_s, source=source)
+      for gpu, source in ((GPUS["a100"], "data sheet, 80 GB SXM"), (GPUS["h100"], "data sheet, SXM"),
+                          (GPUS["h200"], "data sheet"))),
+    Machine(name="h200_measured", flops_per_s=790e12, bytes_per_s=GPUS["h200"].bytes_per_s,
             source="products: measured elsewhere, in this project's specification, by no result committed here; "
                    "memory: data sheet"),
 )}

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 from erdfast.process import Process
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
+SamplePrecision = Literal["auto", "fp32", "bf16", "fp16"]
 LrSchedule = Literal["constant", "cosine"]
 Compile = Literal["auto", "none", "block", "full", "max-autotune"]
 Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Recompute = Literal["none", "selective", "full"]
 Cache = Literal["auto", "disk", "ram", "gpu"]
+GpuName = Literal["a100", "h100", "h200"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,8 @@ class TrainConfig:
     label_drop: float = 0.1
     """Share of labels replaced by the null class, for classifier-free guidance."""
     precision: Precision = "auto"
-    """fp32, bf16, or fp16 with a loss scale; auto: bf16 where the hardware has it, else fp32."""
+    """fp32, bf16, fp16 with a loss scale, or fp8 (bf16 with the products of attention and MLP in float8, on GPUs of
+    compute capability 8.9 or later); auto: bf16 where the hardware has it, else fp32."""
     compile: Compile = "auto"
     """torch.compile: block (each block of the network once, and what precedes it), full (data to loss as one graph),
     max-autotune (the same with kernels chosen by measurement), none; auto: block on a GPU, none on a CPU."""
@@ -189,6 +192,9 @@ class TrainConfig:
     """Launch forward and backward as one CUDA graph (one GPU, or ddp): for networks whose kernels are short."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A gradient that is not finite: stop the run, or skip the update and count it (25 in a row stop it)."""
+    latent_scale: Literal["auto", "stored", "sd", "edm2"] = "auto"
+    """How stored latents are brought to the network's scale: stored (they are), sd (times 0.18215), edm2 (whitened to
+    std 0.5); auto: as the code does that the format comes from."""
     flip: bool = False
     """Mirror every second sample, at random, where the data can be mirrored."""
     cache: Cache = "auto"
@@ -205,6 +211,11 @@ class TrainConfig:
     names, if it holds a run, else begin there: what a scheduler that restarts jobs wants."""
     dry_run: bool = False
     """Print parameters, operations and memory; do not train."""
+    gpus: int = 0
+    """With dry_run: predict memory, speed and hours on so many GPUs (above 8, machines of 8), and the options that fit;
+    0 predicts nothing."""
+    device: GpuName = "h200"
+    """The GPU for which gpus predicts."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -231,6 +242,7 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}")
         _require("label_drop", self.label_drop, 0 <= self.label_drop <= 1, "in [0, 1]")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2^63")
+        self._validate_prediction()
         _require("log_every", self.log_every, self.log_every >= 1, "at least 1")
         _require("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "at least 1")
         _require("keep_last", self.keep_last, self.keep_last >= 1, "at least 1")
@@ -239,6 +251,19 @@ class TrainConfig:
         self.ema.validate()
         self.preview.validate()
         self.process.build()
+
+    def _validate_prediction(self) -> None:
+        _require("gpus", self.gpus, self.gpus >= 0, "at least 0 (0 predicts nothing)")
+        if self.gpus and not self.dry_run:
+            raise ValueError(
+                f"gpus {self.gpus} is a prediction's: add --dry-run; a run takes as many GPUs as torchrun starts "
+                "processes (--nproc-per-node)"
+            )
+        if self.gpus and self.batch_size % (self.gpus * self.accumulation):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by {self.gpus} GPUs times accumulation "
+                f"{self.accumulation}"
+            )
 
     def to_json(self) -> str:
         """All options as JSON; `from_json` reads it back."""
@@ -308,8 +333,8 @@ class SampleConfig:
     """Image i is a function of the seed and i."""
     batch_size: int = 256
     """Images per network call."""
-    precision: Precision = "auto"
-    """Of the network; the sampler's state is float32."""
+    precision: SamplePrecision = "auto"
+    """Of the network (fp8 is for training alone); the sampler's state is float32."""
     weights: Path | None = None
     """Averaged weights in place of the newest checkpoint's: a file that `python -m erdfast.ema` made."""
 
@@ -334,8 +359,8 @@ class EvaluateConfig:
     """Seed of the samples."""
     batch_size: int = 600
     """Images per network call."""
-    precision: Precision = "auto"
-    """Of the network; the sampler's state is float32."""
+    precision: SamplePrecision = "auto"
+    """Of the network (fp8 is for training alone); the sampler's state is float32."""
     weights: Path | None = None
     """Averaged weights in place of the newest checkpoint's: a file that `python -m erdfast.ema` made."""
 

@@ -10,7 +10,7 @@ import torch
 from erdfast import cli
 from erdfast.config import EmaReconstruction
 from erdfast.published_run import open_run
-from erdfast.training.checkpoint_files import replace_tensors
+from erdfast.tensor_files import replace_tensors
 from erdfast.training.snapshots import Combination, Snapshot, combine, list_snapshots, reconstruct
 from erdfast.training.state import MODEL, PROCESS
 

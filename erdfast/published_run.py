@@ -41,15 +41,18 @@ def open_run(run: Path, precision: str, device: torch.device, weights: Path | No
 
     Args:
         run: the directory.
-        precision: of the network.
+        precision: of the network; not fp8.
         device: where it shall be.
         weights: averaged weights of `python -m erdfast.ema` in place of the checkpoint's.
 
     Raises:
-        ValueError: it is no run directory, has no complete checkpoint, or its data is gone; names the file.
+        ValueError: it is no run directory, has no complete checkpoint, or its data is gone (names the file); or
+            precision fp8.
     """
     # The back end of training may be missing here, and its choice is not what was trained.
     config = dataclasses.replace(load_run_config(run), attention="auto")
+    if precision == "fp8":
+        raise ValueError("precision fp8 is for training; choose auto, fp32, bf16 or fp16 for its samples")
     policy = resolve_precision(precision, device)
     checkpoint = newest_checkpoint(run)
     dataset = open_data(config)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = cli.parse_train(argv, lambda here: world.any(world.is_main and here))
         config.validate()
         if config.dry_run:
-            print(dry_run(resolve(config, device)))
+            print(predict_run(config) if config.gpus else dry_run(resolve(config, device)))
             return 0
         run = _train(config, world)
     if run is not None and world.is_main:
@@ -111,6 +111,21 @@ def dry_run(config: TrainConfig) -> str:
             f"checkpoint: {(memory.parameters + memory.optimizer + memory.ema) / 2**30:.2f} GiB each, "
             f"{config.keep_last} kept",
         ]
+    )
+
+
+def predict_run(config: TrainConfig) -> str:
+    """What a run would cost on GPUs that are not here.
+
+    Raises:
+        ValueError: nothing fits, or the options do not go together.
+    """
+    from erdfast.training.predict import choose, render
+
+    # All GPUs of the table have bf16, whatever this machine has.
+    config = dataclasses.replace(config, precision="bf16" if config.precision == "auto" else config.precision)
+    return "\n".join(
+        [describe_network(config), f"recipe {config.recipe}: {_summary(config)}", render(config, choose(config))]
     )
 
 

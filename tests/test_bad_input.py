@@ -63,7 +63,7 @@ VALUES = [
     ("--target noise", ["'noise'", "eps", "k(t)"]),
     ("--weighting minsnr", ["'minsnr'", "min_snr", "erd_repo"]),
     ("--time-sampler lognormal", ["'lognormal'", "logit_normal", "uniform"]),
-    ("--precision fp8", ["'fp8'", "bf16", "auto"]),
+    ("--precision int8", ["'int8'", "bf16", "auto"]),
     ("--attention fast", ["'fast'", "flash", "triton", "xformers"]),
     ("--attention cudnn", ["'cudnn'", "CUDA"]),
     ("--compile fast", ["'fast'", "none", "max-autotune"]),

@@ -97,7 +97,7 @@ def test_what_is_kept_for_resuming_does_not_resume_or_dry_run(tmp_path):
         (["--lr", "fast"], ["--lr", "'fast'"]),
         (["--no-such-flag", "3"], ["--no-such-flag"]),
         (["--batchsize", "3"], ["--batchsize", "Perhaps you meant: --batch-size"]),
-        (["--precision", "fp8"], ["'fp8'", "--precision", "'fp32'", "'bf16'", "'fp16'"]),
+        (["--precision", "int8"], ["'int8'", "--precision", "'fp32'", "'bf16'", "'fp16'", "'fp8'"]),
         (["--lr-schedule", "linear"], ["'linear'", "'constant'", "'cosine'"]),
         (["--betas", "0.9"], ["--betas", "2 values"]),
         (["--steps"], ["--steps"]),

@@ -175,6 +175,7 @@ LIMITS = {
         "checkpoint_every": ([0], [1]),
         "keep_last": ([0], [1]),
         "keep_every": ([-1], [0, 1]),
+        "gpus": ([-1], [0, 8]),
     },
     SampleConfig: {
         "num": ([0, -1], [1]),
@@ -200,6 +201,7 @@ LIMITS = {
 }
 REQUIRED = {kind: {"run": Path("run")} for kind in (SampleConfig, EvaluateConfig, EmaReconstruction)}
 CONTEXT = {
+    "gpus": {"dry_run": True},
     "kappa_clip": {"schedule": "flow", "target": "u", "weighting": "constant", "loss_space": "v"},
     "logit_mean": {"time_sampler": "logit_normal"},
     "logit_std": {"time_sampler": "logit_normal"},

@@ -18,12 +18,16 @@ ALLOWED: dict[str, set[str]] = {
     "erdfast": set(),
     "erdfast.philox": {"torch"},
     "erdfast.atomic": set(),
+    "erdfast.tensor_files": {"torch", "safetensors"},
     "erdfast.kernels": {"torch", "triton"},
     "erdfast.process": {"torch", "erdfast.philox"},
     "erdfast.ops": {"torch", "erdfast.philox"},
     "erdfast.models": {"torch", "numpy", "safetensors", "erdfast.ops"},
     "erdfast.presets": {"torch", "erdfast.models"},
-    "erdfast.data": {"torch", "numpy", "sklearn", "h5py", "PIL", "safetensors", "erdfast.philox", "erdfast.atomic"},
+    "erdfast.data": {
+        *("torch", "numpy", "sklearn", "h5py", "PIL", "diffusers"),
+        *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files"),
+    },
     "erdfast.sampling": {"torch", "numpy", "erdfast.philox", "erdfast.process", "erdfast.atomic"},
     "erdfast.evaluation": {"torch", "numpy", "sklearn"},
     "erdfast.config": {"erdfast.process"},
@@ -40,7 +44,7 @@ ALLOWED["erdfast.training"] = {
     *(name for name in ALLOWED if name not in ("erdfast.kernels", "erdfast.evaluation")),
 }
 ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run"}
-ENTRY_POINTS |= {"erdfast.train", "erdfast.sample", "erdfast.evaluate", "erdfast.ema"}
+ENTRY_POINTS |= {"erdfast.train", "erdfast.sample", "erdfast.evaluate", "erdfast.ema", "erdfast.encode"}
 EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard", "wandb"}
 """Optional dependencies: imported where they are used, never when a module is."""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .dataset import Batch, Dataset, Shape, format_shape
 from .digits import Digits
-from .files import READERS, FileDataset
+from .files import FileDataset
+from .formats import READERS
 from .mixture import GaussianMixture
 from .order import batch_indices
 
@@ -24,21 +25,30 @@ __all__ = [
 
 _CHOICES = (
     "'digits', 'mixture', 'mixture:CxHxW' (such as mixture:4x8x8), or the path of a file "
-    f"({', '.join(READERS)}) or folder of latents"
+    f"({', '.join(READERS)}, .zip) or folder of latents or pictures"
 )
 
 
-def open_dataset(spec: str, *, shape: Shape | None = None, num_classes: int | None = None, seed: int = 0) -> Dataset:
+def open_dataset(
+    spec: str,
+    *,
+    shape: Shape | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    latent_scale: str = "auto",
+) -> Dataset:
     """The data set that a short text names.
 
     Args:
         spec: "digits" (1,797 real 8x8 digits, with scikit-learn), "mixture" (Gaussian mixture latents of
-            `shape`, by default 4x32x32), "mixture:4x8x8", or a path (see `erdfast.data.files`). A file that
+            `shape`, by default 4x32x32), "mixture:4x8x8", or a path (see `erdfast.data.formats`). A file that
             is called like an embedded data set is reached as "./digits".
         shape: (C, H, W) that the network expects; data of another shape are refused.
         num_classes: number of labels. The mixture has 10 by default; files have the largest label plus 1, may
             not have labels beyond a number given, and 0 ignores their labels.
         seed: decides the mixture; other data sets do not depend on it.
+        latent_scale: how stored latents are brought to the network's scale: "stored" (they are), "sd" (times
+            0.18215), "edm2" (whitened to std 0.5); "auto" as the code does that the format comes from.
 
     Raises:
         ValueError: an unknown spec, a missing or unreadable file, or data that do not suit `shape` or
@@ -50,9 +60,9 @@ def open_dataset(spec: str, *, shape: Shape | None = None, num_classes: int | No
     if spec == "mixture" or spec.startswith("mixture:"):
         return _mixture(spec, shape, num_classes, seed)
     path = Path(spec)
-    if not spec or not (path.exists() or path.suffix in READERS or len(path.parts) > 1):
+    if not spec or not (path.exists() or path.suffix in (*READERS, ".zip") or len(path.parts) > 1):
         raise ValueError(f"unknown data '{spec}' (and no such file or folder): choose {_CHOICES}")
-    return FileDataset(path, shape=shape, num_classes=num_classes)
+    return FileDataset(path, shape=shape, num_classes=num_classes, latent_scale=latent_scale)
 
 
 def _digits(shape: Shape | None, num_classes: int | None) -> Dataset:

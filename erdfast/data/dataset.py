@@ -20,8 +20,8 @@ class Batch(NamedTuple):
     """Some samples of a data set, on the CPU."""
 
     x: Tensor
-    """(B, C, H, W) float32 clean data; or (B, 2C, H, W) = [mean, standard deviation] where `moments_scale` is
-    given."""
+    """(B, C, H, W) clean data, or (B, 2C, H, W) = [mean, standard deviation] where `moments_scale` is given; float32,
+    or bfloat16 or float16 where they are stored so: the ops compute in float32."""
 
     y: Tensor
     """(B,) int64 labels in 0..num_classes-1; all zero where the data has no labels."""
@@ -84,7 +84,7 @@ class Dataset(ABC):
     def _display_range(self) -> tuple[Tensor, Tensor]:
         channels = 3 if self.shape[0] >= 3 else 1
         batch = self.gather(torch.linspace(0, len(self) - 1, min(len(self), _PROBE_ROWS)).long())
-        values = batch.x[:, :channels] * (1.0 if batch.moments_scale is None else batch.moments_scale)
+        values = batch.x[:, :channels].float() * (1.0 if batch.moments_scale is None else batch.moments_scale)
         flat = values.transpose(0, 1).reshape(channels, -1).numpy()
         low, high = np.quantile(flat, [0.01, 0.99], axis=1)
         high = np.maximum(high, low + 1e-6)  # a constant channel must not divide by zero

@@ -17,8 +17,9 @@ import torch
 
 from erdfast.models.backbone import BackboneConfig
 
-COMPUTE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of a number in the matrix products, by precision. Parameters are float32 in all of them."""
+COMPUTE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+"""Bytes of a number around the matrix products, by precision; fp8 keeps less, which is not counted. Parameters are
+float32 in all of them."""
 
 
 def training_flops(config: BackboneConfig) -> int:
@@ -75,7 +76,7 @@ def training_memory(
     Args:
         config: the network.
         batch: images per device and micro-step, at least 0.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "fp8".
         num_emas: averaged copies of the parameters.
 
     Raises:

@@ -8,6 +8,7 @@ from .add_noise import add_noise
 from .attention import attention, attention_qkv, attention_reason
 from .backend import BACKENDS
 from .diffusion_loss import diffusion_loss
+from .fp8_linear import fp8_linear
 from .gelu import gelu, linear_gelu
 from .heun_step import HeunRow, heun_step
 from .modulated_norm import gated_residual, modulated_norm, residual_norm
@@ -30,6 +31,7 @@ __all__ = [
     "attention_qkv",
     "attention_reason",
     "diffusion_loss",
+    "fp8_linear",
     "gated_residual",
     "gelu",
     "grad_norm",

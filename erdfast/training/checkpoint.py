@@ -23,17 +23,15 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from erdfast.tensor_files import checksum, save_tensors, settle_header, sync
+
 from .checkpoint_files import (
     MODEL,
     STATE,
-    checksum,
     finish,
     read_numbers,
     remove_old,
     remove_partial,
-    save_tensors,
-    settle_header,
-    sync,
     temporary_path,
     verify,
     write_numbers,

@@ -1,4 +1,4 @@
-"""fp32, bf16 or fp16: what the hardware does well, autocast, and the loss scale."""
+"""fp32, bf16, fp16 or fp8: what the hardware does well, autocast, and the loss scale."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from typing import NamedTuple
 
 import torch
 
+from erdfast.ops.fp8_linear import fp8_reason
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
 
 class PrecisionPolicy(NamedTuple):
     """How the network computes. Weights, optimiser and averages are float32 always."""
 
     name: str
-    """fp32, bf16 or fp16."""
+    """fp32, bf16, fp16 or fp8."""
     device_type: str
     """cpu or cuda."""
+    fp8_backend: str | None = None
+    """fp8: the back end of `erdfast.ops.fp8_linear`."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrix products."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        """The dtype of the matrix products; in fp8 of those that are not in float8."""
+        return _DTYPES[self.name]
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -40,13 +46,20 @@ def resolve_precision(name: str, device: torch.device) -> PrecisionPolicy:
     Raises:
         ValueError: unknown, or a precision that this device does not have.
     """
-    if name not in ("auto", "fp32", "bf16", "fp16"):
-        raise ValueError(f"unknown precision {name!r}; choose from auto, fp32, bf16, fp16")
+    if name != "auto" and name not in _DTYPES:
+        raise ValueError(f"unknown precision {name!r}; choose from auto, {', '.join(_DTYPES)}")
     if name == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 is ten times slower than fp32 on a CPU; choose bf16, fp32 or auto")
     if name == "auto":
         name = "bf16" if _has_fast_bf16(device) else "fp32"
-    return PrecisionPolicy(name, device.type)
+    return PrecisionPolicy(name, device.type, _fp8_backend(device) if name == "fp8" else None)
+
+
+def _fp8_backend(device: torch.device) -> str:
+    """Never the emulation, which is for tests: it is slower than bf16."""
+    if reason := fp8_reason(device):
+        raise ValueError(f"precision fp8 needs {reason}; choose bf16, fp32 or auto")
+    return "scaled_mm"
 
 
 def _has_fast_bf16(device: torch.device) -> bool:

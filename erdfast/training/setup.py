@@ -25,7 +25,13 @@ def open_data(config: TrainConfig) -> Dataset:
     # A mixture can have any number of classes, so it takes the network's; files and digits have their own.
     mixture = config.data == "mixture" or config.data.startswith("mixture:")  # "mixture.npz" is a file
     num_classes = network.num_classes if mixture else None
-    dataset = open_dataset(config.data, shape=network.input_shape, num_classes=num_classes, seed=config.seed)
+    dataset = open_dataset(
+        config.data,
+        shape=network.input_shape,
+        num_classes=num_classes,
+        seed=config.seed,
+        latent_scale=config.latent_scale,
+    )
     if len(dataset) < 1:
         raise ValueError(f"data {config.data} is empty")
     return dataset

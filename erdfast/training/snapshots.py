@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint_files import replace_tensors
+from erdfast.tensor_files import replace_tensors
+
 from .power import coefficients, mismatch
 
 FOLDER = "ema"

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from .gpus import GPUS
+
 PEAK_FLOPS: dict[str, float] = {
     # Dense bf16 by NVIDIA's data sheets.
-    "A100": 312e12,
+    "A100": GPUS["a100"].flops_per_s,
     "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
+    "H100": GPUS["h100"].flops_per_s,
+    "H200": GPUS["h200"].flops_per_s,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from erdfast.config import TrainConfig
-from erdfast.data import Dataset
+from erdfast.data import Batch, Dataset
 from erdfast.data.loader import Loader
 from erdfast.models import Backbone
 from erdfast.models.flops import training_flops, training_memory
@@ -25,6 +25,7 @@ from erdfast.process import Process
 from .checkpoint import CheckpointWriter, load_into
 from .checkpoint_files import checkpoint_path, complete_step, find_newest, newest_checkpoint, publish
 from .ema import Ema
+from .fp8 import apply_fp8, describe_difference, loss_difference
 from .graph import GraphedMicroBatch, MicroBatch, check_graph
 from .health import Health, check_weights
 from .interrupt import Interrupt, Vote
@@ -82,6 +83,8 @@ class Trainer:
         self._saved: int | None = None
         """The step of the newest checkpoint that is written or being written."""
         self._warned: set[str] = set()
+        self._batch: Batch | None = None
+        """The newest micro-batch."""
 
     def _build_network(self) -> None:
         config, device = self.config, self.device
@@ -97,6 +100,8 @@ class Trainer:
             precision=self.precision,
             device=device,
         )
+        if self.precision.fp8_backend is not None:
+            apply_fp8(self.model, self.precision.fp8_backend)
         memory = training_memory(self.model.config, self.parts[0][1], self.precision.name).total
         self.mode = choose_mode(config.parallel, self.world, memory)
         apply_recompute(self.model, config.recompute)
@@ -207,7 +212,7 @@ class Trainer:
         self._step.fill_(step)
         total = torch.zeros((), device=self.device)
         for part, offset in enumerate(self._offsets):
-            x, y, moments_scale = self.loader.batch(step, part)
+            self._batch = x, y, moments_scale = self.loader.batch(step, part)
             with communicating(self.replica, self.model, last=part == len(self.parts) - 1):
                 result = self._micro_batch(x, y, offset, moments_scale)
             total += result.loss.detach() / len(self.parts)
@@ -267,7 +272,13 @@ class Trainer:
             "count_by_logsnr": counts,
         }
         record |= {name: value.tolist() for name, value in self.process.target_values().items()}
-        if line := self.health.spike(losses):
+        lines = [self.health.spike(losses)]
+        if self.precision.name == "fp8":
+            assert self._batch is not None
+            difference = loss_difference(self.diffusion, self.world, self._batch, self._step, self._offsets[-1])
+            record["fp8_loss_difference"] = difference
+            lines.append(describe_difference(difference))
+        for line in filter(None, lines):
             self.say(f"step {self.step:,}: {line}")
         if writer is not None:
             with self._going_on("metrics.jsonl"):

@@ -86,7 +86,7 @@ def test_memory_adds_up():
     assert training_memory(config, 0, "fp32", num_emas=3).total == 28 * count
     memory = training_memory(config, 8, "fp16")
     assert memory.activations == 8 * training_memory(config, 1, "bf16").activations
-    with pytest.raises(ValueError, match="'int8'; choose from fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="'int8'; choose from fp32, bf16, fp16, fp8"):
         training_memory_bytes(config, 1, "int8")
     with pytest.raises(ValueError, match="at least 0, not -1"):
         training_memory_bytes(config, -1)

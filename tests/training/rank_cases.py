@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from erdfast.training import precision
 from erdfast.training.metrics import read_metrics
 from erdfast.training.parallel import World, full_tensor, open_world
 from erdfast.training.setup import open_data
@@ -27,6 +28,7 @@ def run_case(folder: Path, name: str, options: dict[str, Any], world: World) -> 
     folder = folder / f"{name}-{world.size}"
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(**(LINEAR | options))
+    precision._fp8_backend = lambda _device: "reference"  # these are CPUs
     trainer = Trainer(config, open_data(config), folder, world, say=lambda _line: None)
     trainer.train()
     weights = [float(full_tensor(p.detach()).double().square().sum()) for p in trainer.parameters.values()]
@@ -39,6 +41,7 @@ def run_case(folder: Path, name: str, options: dict[str, Any], world: World) -> 
         "losses": [record["loss"] for record in records],
         "levels": [record["count_by_logsnr"] for record in records],
         "norms": [record["grad_norm"] for record in records],
+        "fp8": [record.get("fp8_loss_difference") for record in records],
         "weights": weights,
         "averages": averages,
         "mode": trainer.mode,

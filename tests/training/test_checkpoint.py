@@ -9,10 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from erdfast.training import checkpoint_files
 from erdfast.training.checkpoint import CheckpointWriter, load_into
 from erdfast.training.checkpoint_files import (
     complete_checkpoints,
@@ -143,10 +143,10 @@ def test_a_failure_in_the_background_is_said_once_and_the_next_save_works(tmp_pa
     writer = CheckpointWriter(tmp_path, keep_last=2, world=ALONE)
 
     def full(*_args, **_options):
-        raise checkpoint_files.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "save_file", full)
+        patch.setattr(safetensors.torch, "save_file", full)
         writer.save(1, state(1), {"a": torch.zeros(1)}, {})
         with pytest.raises(OSError, match=r"step 1 .*cannot write .*model\.safetensors: I/O error: No space left"):
             writer.wait()
@@ -188,7 +188,7 @@ def die_at(event: int, folder: Path) -> int:
 
         for name in EVENTS:
             setattr(os, name[3:], deadly(getattr(os, name[3:])))
-        checkpoint_files.save_file = deadly(checkpoint_files.save_file)
+        safetensors.torch.save_file = deadly(safetensors.torch.save_file)
         save(folder, 3)
         os._exit(0)
     finally:

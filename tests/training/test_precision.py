@@ -63,5 +63,5 @@ def test_fp16_is_for_gpus():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; choose from auto, fp32, bf16, fp16"):
-        resolve_precision("fp8", CPU)
+    with pytest.raises(ValueError, match="unknown precision 'int8'; choose from auto, fp32, bf16, fp16, fp8"):
+        resolve_precision("int8", CPU)

@@ -1,0 +1,209 @@
+"""Data of one file per sample, in a folder or in a zip: what other projects write before anybody has time to wait.
+
+A table of names or of places in the zip says where sample i lies; nothing is opened before it is asked for, and several
+threads read a batch. A converted copy (`python -m erdfast.encode --convert`) is hundreds of times faster to read.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+THREADS = 8
+"""That read and decode a batch: reading waits for the disk, and zlib, Pillow and NumPy let other threads run."""
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_DAMAGE = (OSError, ValueError, EOFError, LookupError, zlib.error, struct.error, SyntaxError, OverflowError)
+"""What reading and decoding one broken file raises (Pillow: SyntaxError)."""
+
+Decode = Callable[[bytes], np.ndarray]
+"""A file's content => the sample, an array whose shape and type are the same for all samples."""
+
+
+class Files(Protocol):
+    """Many small files by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """For people, and for labels: the path within the folder or zip, with slashes."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The whole content; safe to call from several threads."""
+        ...
+
+
+class FolderFiles:
+    """Files below a folder. Their names are kept end to end: a million Python strings would take a hundred megabytes.
+
+    Args:
+        folder: where they lie.
+        names: paths below it, with slashes.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder = folder
+        encoded = [os.fsencode(name) for name in names]
+        self._text = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def name(self, index: int) -> str:
+        """See `Files.name`."""
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._text[start : int(self._ends[index])])
+
+    def read(self, index: int) -> bytes:
+        """See `Files.read`."""
+        return (self.folder / self.name(index)).read_bytes()
+
+
+class ZipFiles:
+    """Files in a zip, read by their places in it: Python's own reader allows one thread at a time.
+
+    Args:
+        path: the zip.
+        names: the members wanted, in order.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged. ValueError: a member is stored in a way that is not known here.
+    """
+
+    def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+        self.path = path
+        for info in members:
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+                raise ValueError(f"'{info.filename}' is encrypted or compressed in a way that is not known here")
+        self._names = FolderFiles(path, [info.filename for info in members])
+        columns = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
+        self._table = np.array(columns, dtype=np.int64).reshape(-1, 5)
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """See `Files.name`."""
+        return self._names.name(index)
+
+    def read(self, index: int) -> bytes:
+        """See `Files.read`; the checksum of the zip is compared."""
+        offset, packed, size, crc, compression = self._table[index].tolist()
+        head = os.pread(self._descriptor, _LOCAL_HEADER.size, offset)
+        magic, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(head)
+        if magic != b"PK\3\4":
+            raise ValueError("it does not lie where the zip's directory says")
+        data = os.pread(self._descriptor, packed, offset + _LOCAL_HEADER.size + name_bytes + extra_bytes)
+        if compression == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise ValueError("it is damaged: the zip's checksum differs")
+        return data
+
+
+class SampleRows:
+    """`Rows` (rows.py) of one file per sample.
+
+    Args:
+        files: where the samples are.
+        decode: from a file's content to the sample.
+        origin: folder or zip, for messages.
+
+    Raises:
+        ValueError: there is none, or the first cannot be read.
+    """
+
+    def __init__(self, files: Files, decode: Decode, origin: Path) -> None:
+        if not len(files):
+            raise ValueError("it holds no samples")
+        self._files, self._decode, self._origin = files, decode, origin
+        first = self._sample(0)
+        self.dtype, self.shape = torch.from_numpy(np.empty(0, first.dtype)).dtype, tuple(first.shape)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """See `Rows.take`.
+
+        Raises:
+            ValueError: a file is damaged, or of another shape than the first; names it and its index.
+        """
+        out = torch.empty((indices.numel(), *self.shape), dtype=self.dtype)
+        numbers, target = indices.tolist(), out.numpy()
+        if len(numbers) < 2:
+            for place, index in enumerate(numbers):
+                target[place] = self._sample(index)
+            return out
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(THREADS, "erdfast-samples")
+        for place, sample in enumerate(self._pool.map(self._sample, numbers)):
+            target[place] = sample
+        return out
+
+    def _sample(self, index: int) -> np.ndarray:
+        try:
+            sample = self._decode(self._files.read(index))
+            if hasattr(self, "shape") and (tuple(sample.shape), sample.dtype) != (self.shape, self._numpy_dtype):
+                raise ValueError(
+                    f"it is {sample.dtype} {sample.shape}, the first sample {self._numpy_dtype} {self.shape}"
+                )
+        except _DAMAGE as error:
+            name = self._files.name(index)
+            raise ValueError(f"{self._origin}: sample {index} ({name}) cannot be read: {error}") from error
+        return sample
+
+    @property
+    def _numpy_dtype(self) -> np.dtype:
+        return torch.empty(0, dtype=self.dtype).numpy().dtype
+
+
+def decode_npy(data: bytes) -> np.ndarray:
+    """One plain array; what would have to be unpickled is refused.
+
+    Raises:
+        ValueError: it is damaged, or holds Python objects.
+    """
+    import io
+
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    if array.dtype.kind not in "fiu" or not array.dtype.isnative or array.size == 0:
+        raise ValueError(f"it is {array.dtype.str} of shape {array.shape}, which is no sample")
+    return array
+
+
+def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
+    """Paths below a folder of files that end so, links followed, sorted: the order that every reader of them uses."""
+    found: list[str] = []
+    prefix = len(str(folder)) + 1
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        base = where[prefix:].replace(os.sep, "/")
+        below = f"{base}/" if base else ""
+        found += [below + name for name in names if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."]
+    return sorted(found)
+
+
+def list_members(path: Path, suffixes: Sequence[str]) -> list[zipfile.ZipInfo]:
+    """The same of a zip."""
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if not info.is_dir()]
+    wanted = [info for info in members if os.path.splitext(info.filename)[1].lower() in suffixes]
+    return sorted(wanted, key=lambda info: info.filename)

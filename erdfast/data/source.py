@@ -1,0 +1,128 @@
+"""What a reader finds in a file or folder, before it is checked, and the scales that latents come in."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+SD_VAE_SCALE = 0.18215
+"""Brings the Stable Diffusion VAE's latents to about unit variance (Rombach et al., 2022)."""
+SCALES = ("auto", "stored", "sd", "edm2")
+"""How stored latents are brought to the network's scale: not at all, times 0.18215, or whitened as EDM2 does."""
+_EDM2_MEAN, _EDM2_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+"""Of the Stable Diffusion VAE's latents of ImageNet pictures given in [0, 1], per channel (Karras et al., 2024)."""
+_EDM2_FINAL_STD = 0.5
+
+DAMAGE = (
+    ValueError,
+    OSError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,  # PyTorch's restricted reader refuses a file with it
+)
+"""What the readers raise when a header, a directory of parts or a number in it makes no sense."""
+
+
+class Affine(NamedTuple):
+    """x * scale + bias per channel, each (C, 1, 1) float32; of moments, deviations take the scale alone."""
+
+    scale: Tensor
+    bias: Tensor
+
+    def apply(self, x: Tensor, *, moments: bool) -> Tensor:
+        """(B, C or 2C, H, W) => the same, float32."""
+        if not moments:
+            return x.float() * self.scale + self.bias
+        mean, std = x.float().chunk(2, dim=1)
+        return torch.cat([mean * self.scale + self.bias, std * self.scale], dim=1)
+
+
+class Source(NamedTuple):
+    """What a file holds."""
+
+    rows: Rows
+    labels: Tensor | None
+    kind: str
+    """pixels, latents or moments (mean and standard deviation of the VAE's posterior)."""
+    note: str
+    """How the values are scaled, for people."""
+    affine: Affine | None = None
+    moments_scale: float | None = None
+    """With moments: the factor of their draws."""
+    flipped: Rows | None = None
+    """Mirror images of `rows`, where they are stored."""
+    class_names: tuple[str, ...] = ()
+    num_classes: int | None = None
+    """Where the format says it; otherwise the largest label plus 1."""
+    scale: str = "stored"
+    """Of `SCALES`: what this format's own code does; auto is for formats that more than one project writes."""
+
+
+def rescaled(source: Source, asked: str) -> Source:
+    """The source with its values brought to the network's scale as `asked`; auto does what the format's code does.
+
+    Raises:
+        ValueError: unknown, or it does not suit the data.
+    """
+    if asked not in SCALES:
+        raise ValueError(f"unknown latent_scale {asked!r}; choose from {', '.join(SCALES)}")
+    if asked == "auto" and (source.scale == "stored" or source.kind == "pixels"):
+        return source._replace(moments_scale=source.moments_scale or 1.0) if source.kind == "moments" else source
+    if source.kind == "pixels":
+        raise ValueError(f"latent_scale {asked} is for latents, and these are pixels")
+    chosen = source.scale if asked == "auto" else asked
+    if chosen == "auto":
+        chosen = _guess(source)
+    moments = source.kind == "moments"
+    source = source._replace(affine=None, note="as stored", moments_scale=1.0 if moments else None)
+    if chosen == "edm2":
+        note = f"given to the VAE in [0, 1], whitened to std {_EDM2_FINAL_STD} (EDM2)"
+        return source._replace(affine=edm2_whitening(_channels(source)), note=note)
+    if chosen == "sd" and moments:
+        return source._replace(moments_scale=SD_VAE_SCALE, note=f"posterior draws times {SD_VAE_SCALE}")
+    if chosen == "sd":
+        factor = torch.full((_channels(source), 1, 1), SD_VAE_SCALE)
+        return source._replace(affine=Affine(factor, torch.zeros_like(factor)), note=f"times {SD_VAE_SCALE}")
+    return source
+
+
+def edm2_whitening(channels: int) -> Affine:
+    """EDM2's standard deviation of 0.5 and mean of 0 per channel.
+
+    Raises:
+        ValueError: other than four channels.
+    """
+    if channels != len(_EDM2_MEAN):
+        raise ValueError(f"latent_scale edm2 is for {len(_EDM2_MEAN)} channels, these latents have {channels}")
+    scale = _EDM2_FINAL_STD / torch.tensor(_EDM2_STD).view(-1, 1, 1)
+    return Affine(scale, -torch.tensor(_EDM2_MEAN).view(-1, 1, 1) * scale)
+
+
+def _channels(source: Source) -> int:
+    return source.rows.shape[0] // (2 if source.kind == "moments" else 1)
+
+
+def _guess(source: Source) -> str:
+    """EDM2 and REPA write equal files of different values: EDM2's mean, of bright pictures, is far from 0."""
+    if _channels(source) != len(_EDM2_MEAN):
+        return "sd"
+    some = torch.linspace(0, len(source.rows) - 1, min(len(source.rows), 64)).long()
+    mean = source.rows.take(some)[:, :4].float().mean(dim=(0, 2, 3))
+    edm2 = torch.tensor(_EDM2_MEAN)
+    return "edm2" if float((mean - edm2).norm()) < float(mean.norm()) else "sd"
