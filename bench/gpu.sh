@@ -33,7 +33,9 @@ logs=build/gpu
 dry=
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-ops() { find bench -maxdepth 1 -name 'bench_*.py' ! -name bench_train_step.py -printf '%f\n' | sed 's/\.py$//' | sort; }
+ops() {
+  find bench -maxdepth 1 -name 'bench_*.py' ! -name bench_train_step.py ! -name bench_loader.py -printf '%f\n' | sed 's/\.py$//' | sort
+}
 
 stages() {
   printf '%-20s %s\n' \
@@ -52,6 +54,7 @@ stages() {
     step_dit_b2_small "training steps, batch 32" \
     profile_uvit_h2 "where the time of a step goes, batch 128, compiled by blocks" \
     profile_dit_b2 "the same" \
+    loader "reading shuffled latents beside others' ways, on the processor" \
     digits "the digits recipe and its quality"
 }
 
@@ -138,6 +141,10 @@ profile() { # model
   fi
 }
 
+loader() {
+  if [ -n "$dry" ]; then run "$python" -m bench.bench_loader --quick; else run "$python" -m bench.bench_loader; fi
+}
+
 digits() {
   rm -rf "$logs/digits"
   if [ -n "$dry" ]; then
@@ -163,6 +170,7 @@ stage() {
     step_*_small) name=${1#step_}; step "${name%_small}" 32 ;;
     step_*) step "${1#step_}" 128 ;;
     profile_*) profile "${1#profile_}" ;;
+    loader) loader ;;
     digits) digits ;;
   esac
 }

@@ -158,6 +158,34 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
     return "\n".join(lines) + "\n"
 
 
+def loader_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
+    """Rows of bench_loader: one per way of reading."""
+    measured = [row for row in result["rows"] if "failed" not in row]
+    rows = [row for row in measured if all(word in f"{row['case']} {row['side']}".split() for word in words)]
+    if not rows:
+        raise ReportError(f"no row of {result['op']} has all of: {' '.join(words)}")
+    columns: dict[str, Callable[[Row], str]] = {
+        "side": lambda row: row["side"],
+        "samples/s": lambda row: f"{row['samples_per_s']:,.0f}",
+        "20%-80%": lambda row: f"{row['samples_per_s_p20']:,.0f}-{row['samples_per_s_p80']:,.0f}",
+        "GB/s": lambda row: f"{row['bytes_per_s'] / 1e9:.2g}",
+        "workers": lambda row: str(row["workers"]),
+        "speed of loader": lambda row: spread(row["ours_over"]),
+    }
+    where = result["environment"]
+    versions = [f"{name} {where[name]}" for name in ("torch", "h5py", "safetensors") if where.get(name)]
+    lines = [
+        table(columns, rows),
+        "",
+        f"{where['device']} ({where['processor'] or 'unknown'}), {where['cores']} cores, load {where['load_before']:g} "
+        f"before, {', '.join(versions)}, "
+        f"{where['date']}, commit `{where['commit']}`; {result['batch']} samples a batch, shuffled, of "
+        f"{result['rows_of_data']:,} in the page cache; medians of {rows[0]['timing']['rounds']} interleaved turns. "
+        "bench/loader_sides.py says what each side does." + ("" if result.get("complete", True) else LACKING),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def profile_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """Rows of profile_step: where the time of a step goes, by class of kernel."""
     parts = []
@@ -177,6 +205,7 @@ def profile_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
 TABLES: dict[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {
     "train_step": train_step_table,
     "profile_step": profile_table,
+    "loader": loader_table,
 }
 """Results that are not rows of the harness."""
 

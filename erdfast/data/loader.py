@@ -169,7 +169,8 @@ class Loader:
             try:
                 return self._queue.get(timeout=_WAIT_S)
             except queue.Empty:
-                if self._thread is None or not self._thread.is_alive():
+                # Once it has ended, it puts nothing more: what is still not there never comes.
+                if (self._thread is None or not self._thread.is_alive()) and self._queue.empty():
                     raise RuntimeError("the thread that gathers batches has ended without a word") from None
 
     def _drain(self) -> None:

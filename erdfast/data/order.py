@@ -38,8 +38,7 @@ def batch_indices(
     count = batch - rank_offset if count is None else count
     if step < 0 or batch < 1 or n < 1:
         raise ValueError(f"need step >= 0, batch >= 1 and n >= 1, got step={step}, batch={batch}, n={n}")
-    if rank_offset < 0 or count < 0 or rank_offset + count > batch:
-        raise ValueError(f"the part {rank_offset}..{rank_offset + count} must lie within the batch of {batch} samples")
+    _check_part(batch, rank_offset, count)
     start = step * batch + rank_offset
     parts = []
     while count > 0:
@@ -57,8 +56,16 @@ def batch_flips(seed: int, step: int, batch: int, *, rank_offset: int = 0, count
         (count,) bool on the CPU; arguments as in `batch_indices`.
     """
     count = batch - rank_offset if count is None else count
+    if step < 0 or batch < 1:
+        raise ValueError(f"need step >= 0 and batch >= 1, got step={step}, batch={batch}")
+    _check_part(batch, rank_offset, count)
     numbers = step * batch + rank_offset + torch.arange(count, dtype=torch.int64)
     return uniform(seed, 0, numbers, "flip") < 0.5
+
+
+def _check_part(batch: int, rank_offset: int, count: int) -> None:
+    if rank_offset < 0 or count < 0 or rank_offset + count > batch:
+        raise ValueError(f"the part {rank_offset}..{rank_offset + count} must lie within the batch of {batch} samples")
 
 
 @lru_cache(maxsize=4)  # a batch straddles two epochs; training and validation data may alternate

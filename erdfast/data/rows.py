@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -81,6 +82,10 @@ class ByteRows:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    mapping: mmap.mmap | None = None
+    """What `data` is a view of, if it is a file's."""
+    skip: int = 0
+    """Bytes of the mapping before row 0."""
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -89,26 +94,70 @@ class ByteRows:
         """See `Rows.take`."""
         return self.data.index_select(0, indices).view(self.dtype).view(-1, *self.shape)
 
+    def announce(self, row: int) -> None:
+        """Let the operating system begin to read a row that will be taken."""
+        if self.mapping is None or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        row_bytes = self.data.shape[1]
+        start = self.skip + row * row_bytes
+        page = start - start % mmap.PAGESIZE  # the call takes whole pages
+        self.mapping.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)
+
 
 class ShardedRows:
-    """Several `Rows` of one shape, end to end."""
+    """Several `Rows` of one shape, end to end.
+
+    Mapped files are copied from row by row, on the calling thread alone: a batch takes few rows of each of many files,
+    and an OpenMP region per file costs more than its copy, by far where the cores have other work (256 rows of 16 KB of
+    eight files on two cores: 370,000 rows/s so, 120,000 with index_select per file; 300,000 and 2,000 beside others).
+    """
 
     def __init__(self, shards: Sequence[Rows]) -> None:
         self.shards = list(shards)
         self.dtype, self.shape = shards[0].dtype, shards[0].shape
-        self._ends = torch.tensor([len(shard) for shard in shards]).cumsum(0)
+        sizes = np.array([len(shard) for shard in shards], dtype=np.int64)
+        self._ends = sizes.cumsum()
+        self._starts = self._ends - sizes
+        self._mapped = [shard for shard in shards if isinstance(shard, ByteRows)]
+        self._arrays = [shard.data.numpy() for shard in self._mapped]  # to index them is ten times faster than tensors
+        self._taken = np.zeros(len(self), dtype=np.bool_)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def take(self, indices: Tensor) -> Tensor:
         """See `Rows.take`."""
-        out = torch.empty((indices.numel(), *self.shape), dtype=self.dtype)
-        owner = torch.bucketize(indices, self._ends, right=True)
-        for number in owner.unique().tolist():
-            where = (owner == number).nonzero().squeeze(1)
-            start = int(self._ends[number]) - len(self.shards[number])
-            out[where] = self.shards[number].take(indices[where] - start)
+        numbers = indices.numpy()
+        owner = np.searchsorted(self._ends, numbers, side="right")
+        local = numbers - self._starts[owner]
+        if len(self._mapped) < len(self.shards):
+            return self._take_by_shard(owner, local)
+        self._announce(numbers, owner, local)
+        out = torch.empty((len(numbers), *self.shape), dtype=self.dtype)
+        if len(numbers):
+            pairs = zip(owner.tolist(), local.tolist(), strict=True)
+            rows = [self._arrays[shard][row] for shard, row in pairs]
+            np.concatenate(rows, out=out.view(-1).view(torch.uint8).numpy())
+        return out
+
+    def _announce(self, numbers: np.ndarray, owner: np.ndarray, local: np.ndarray) -> None:
+        """Have all rows that were never taken read at once: page faults would wait for the disk one after the other.
+
+        256 rows of 16 KB from a cold disk: 45 ms without, 12 ms with it. Only those, since they are in memory
+        afterwards, and to announce a row takes as long as to copy it.
+        """
+        fresh = ~self._taken[numbers]
+        if fresh.any():
+            for shard, row in zip(owner[fresh].tolist(), local[fresh].tolist(), strict=True):
+                self._mapped[shard].announce(row)
+            self._taken[numbers] = True
+
+    def _take_by_shard(self, owner: np.ndarray, local: np.ndarray) -> Tensor:
+        """Where rows are no bytes in memory: each shard is asked once."""
+        out = torch.empty((len(owner), *self.shape), dtype=self.dtype)
+        for number in np.unique(owner).tolist():
+            where = np.flatnonzero(owner == number)
+            out[torch.from_numpy(where)] = self.shards[number].take(torch.from_numpy(local[where]))
         return out
 
 
@@ -252,10 +301,12 @@ def _check_fits(offset: int, shape: tuple[int, ...], itemsize: int, size: int, n
 def _map_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> ByteRows:
     _check_fits(offset, shape, dtype.itemsize, path.stat().st_size, name)
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    # Mode "c" (copy on write) never touches the file, and spares PyTorch's warning about memory it may not
-    # write to.
-    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(shape[0], row_bytes))
-    return ByteRows(torch.from_numpy(mapped), dtype, tuple(shape[1:]))
+    skip, count = offset % mmap.ALLOCATIONGRANULARITY, shape[0] * row_bytes
+    with path.open("rb") as stream:
+        # Copy on write never touches the file, and spares PyTorch's warning about memory it may not write to.
+        mapping = mmap.mmap(stream.fileno(), skip + count, access=mmap.ACCESS_COPY, offset=offset - skip)
+    data = np.frombuffer(mapping, np.uint8, count, skip).reshape(shape[0], row_bytes)
+    return ByteRows(torch.from_numpy(data), dtype, tuple(shape[1:]), mapping, skip)
 
 
 def _from_memory(array: np.ndarray, name: str) -> ByteRows:

@@ -24,7 +24,7 @@ def gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_lists_its_stages() -> None:
     listed = [line.split()[0] for line in gpu().stdout.splitlines()]
     assert {name.removeprefix("bench.") for name in benchmark_names()} < set(listed)
-    assert {"check", "tests_ops", "tests_kernels", "memcheck", "bench_sampler", "digits"} < set(listed)
+    assert {"check", "tests_ops", "tests_kernels", "memcheck", "bench_sampler", "loader", "digits"} < set(listed)
     assert {f"step_{m}{small}" for m in ("uvit_h2", "dit_xl2", "dit_b2") for small in ("", "_small")} < set(listed)
     wrong = gpu("conv")
     assert wrong.returncode == 2
@@ -41,7 +41,12 @@ def test_the_wheels_in_its_header_cover_what_it_installs() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "wanted"),
-    [("check", "ceilings can be measured"), ("bench_add_noise", "x eager"), ("tests_kernels", "test_add_noise.py")],
+    [
+        ("check", "ceilings can be measured"),
+        ("bench_add_noise", "x eager"),
+        ("tests_kernels", "test_add_noise.py"),
+        ("loader", "ran: loader, gather, hdf5"),
+    ],
 )
 def test_a_stage_runs_at_toy_size(stage: str, wanted: str, tmp_path: Path) -> None:
     done = gpu("--dry-run", stage, OUT=str(tmp_path))
