@@ -1,6 +1,7 @@
 """The sides of bench_loader: VAE moments [mean, standard deviation] in the files of each project, and how it reads.
 
-What the others do is imitated after reading their code, in code of our own, without what they compute afterwards:
+What the others do is imitated in code of our own, without what they compute afterwards: ERD after its data set's code,
+the others after how they store their samples.
 
 - hdf5: ERD's `Latent` data set. One HDF5 file, float32 `train_latents` and uint16 `train_labels`, not chunked; each
   sample opens the file, reads one row of each, and closes it. Its tensor is made by a copy.

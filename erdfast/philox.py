@@ -28,7 +28,8 @@ DOMAINS: dict[str, int] = {
 }
 """Constants that separate the uses of one seed. The noise of the two central ops has 0: its key is the seed itself."""
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_M0, _M1 = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
+"""Less 2^32, so that no product leaves int64: C++ leaves undefined what then happens, and compiled code went wrong."""
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
@@ -90,11 +91,11 @@ def philox_words(seed: Integer, counter: tuple[Tensor, Integer, Integer]) -> tup
         (stream & _MASK) + zero,
     )
     for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1  # wraps modulo 2^64; the masks below undo the sign
+        p0, p1 = c0 * _M0, c2 * _M1  # 2^32 times c0 and c2 are missing, which the upper halves get back
         c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            (((p1 >> 32) + c2) & _MASK) ^ c1 ^ k0,
             p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            (((p0 >> 32) + c0) & _MASK) ^ c3 ^ k1,
             p0 & _MASK,
         )
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = cli.parse_train(argv, lambda here: world.any(world.is_main and here))
         config.validate()
         if config.dry_run:
-            print(predict_run(config) if config.gpus else dry_run(resolve(config, device)))
+            if world.is_main:
+                print(predict_run(config) if config.gpus else dry_run(resolve(config, device)))
             return 0
         run = _train(config, world)
     if run is not None and world.is_main:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: TrainConfig, world: World) -> Path | None:
     """The run directory, once the run is at its last step; None if a signal ended it before."""
+    from erdfast.training.metrics import import_wandb
     from erdfast.training.run_directory import create_run_directory, lock_run
     from erdfast.training.trainer import Trainer
 
@@ -45,6 +47,8 @@ def _train(config: TrainConfig, world: World) -> Path | None:
             print(line, flush=True)
 
     config = resolve(config, world.device, say)
+    if config.wandb is not None:
+        import_wandb()
     if config.resume is None:
         say(f"recipe {config.recipe}: {_summary(config)}")
     dataset = open_data(config)
@@ -54,10 +58,11 @@ def _train(config: TrainConfig, world: World) -> Path | None:
         network_config(config, dataset), resolve_precision(config.precision, world.device).dtype, world.device
     )
     if config.resume is None:
-        run = Path(world.share_text(str(create_run_directory(config)) if world.is_main else ""))
+        run = Path(world.first(lambda: create_run_directory(config)))
     else:
         run = config.resume
-    with lock_run(run) if world.is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        world.first(lambda: stack.enter_context(lock_run(run)))
         trainer = Trainer(config, dataset, run, world, say=say)
         if config.resume is not None:
             _resume(trainer, config, run, say)

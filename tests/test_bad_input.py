@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_values(capsys, tmp_path, arguments, parts):
     model = [] if "--model" in arguments or "--recipe" in arguments else SMALL
     line = refused(capsys, train.main, [*model, *words(arguments)])
     assert all(part in line for part in parts), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_that_is_not_installed(capsys, tmp_path, monkeypatch):
+    """Said before a run directory is made, let alone a step."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = refused(capsys, train.main, [*TINY, "--wandb", "project", "--steps", "1"])
+    assert "logging to Weights & Biases needs wandb: run `pip install wandb`" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,9 +1,13 @@
 """The counter-based generator: known answers, distribution, independence of how a batch is split."""
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from erdfast import philox
+
+aten = torch.ops.aten
 
 # Known answers of Philox4x32-10 published with Random123.
 KNOWN_ANSWERS = [
@@ -22,6 +26,47 @@ def test_known_answers(seed: int, counter: tuple[int, int, int], expected: str) 
     q, sample_id, stream = (torch.tensor([value]) for value in counter)
     words = philox.philox_words(seed, (q, sample_id, stream))
     assert " ".join(f"{int(word):08x}" for word in words) == expected
+
+
+def integers(values: torch.Tensor | int) -> np.ndarray:
+    """As Python's integers, which have no limit."""
+    return np.array(values.tolist() if isinstance(values, torch.Tensor) else values, dtype=object)
+
+
+class NoOverflow(TorchDispatchMode):
+    """Fails where sums and products of int64 would not be those of integers."""
+
+    checked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        exact = {aten.add.Tensor: np.add, aten.mul.Tensor: np.multiply}.get(func)
+        if exact is not None and out.dtype == torch.int64:
+            assert (exact(*map(integers, args)) == integers(out)).all()
+            self.checked += out.numel()
+        return out
+
+
+def test_no_product_leaves_int64() -> None:
+    """What overflows is undefined in C++, and compilers make use of it."""
+    with NoOverflow() as mode:
+        philox.philox_words(-1, (torch.arange(64), torch.arange(64) << 40, torch.tensor(2**32 - 1)))
+    assert mode.checked > 10 * 4 * 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_compiled_words_are_the_same(count: int) -> None:
+    """By C++ that torch.compile writes, which for one number is other code than for many."""
+    ids = torch.arange(count)
+
+    def draw(stream: torch.Tensor) -> torch.Tensor:
+        return philox.uniform(5, stream, ids, "time")
+
+    compiled = torch.compile(draw, fullgraph=True)
+    for stream in range(8):
+        number = torch.tensor(stream)
+        assert torch.equal(compiled(number), draw(number))
 
 
 def test_tensors_and_integers_give_the_same_words() -> None:

@@ -104,6 +104,11 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def poll(self) -> None:
+        """As `wait`, but returns at once while something is still being written."""
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
+
     @property
     def _main(self) -> bool:
         return self.world.is_main
@@ -192,8 +197,7 @@ def load_into(path: Path, state: Mapping[str, Tensor], world: World) -> dict[str
     wanted = {name: tensor for name, tensor in _with_dimensions(state).items() if not name.startswith("published/")}
     try:
         numbers = read_numbers(path)
-        if world.is_main:
-            verify(path)
+        world.first(lambda: verify(path))
         folder = path if numbers["format"] == 1 else path / STATE
         if numbers["format"] == 1:
             _load_format_1(path, wanted)

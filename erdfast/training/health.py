@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -74,16 +74,28 @@ class Health:
             self._skipped[0] += left_out
             self._skipped[1] = (self._skipped[1] + left_out) * left_out
 
-    def read(self) -> Losses:
-        """Of all processes since the last reading; waits for the device."""
+    def read(self, newest_checkpoint: Callable[[], str]) -> Losses:
+        """Of all processes since the last reading; waits for the device.
+
+        Raises:
+            NonFiniteError: too many updates in a row were left out.
+        """
         total, count = self.world.all_reduce(self._loss.clone()).tolist()
         largest = float(self._largest)  # of this process: a mean over fewer samples, which spikes the sooner
         skipped, in_a_row = self._skipped.tolist()
         self._loss.zero_()
         self._largest.zero_()
         if in_a_row >= MOST_SKIPPED:
-            raise NonFiniteError(f"{in_a_row} gradients in a row were not finite. {ADVICE}")
+            raise NonFiniteError(f"{in_a_row} gradients in a row were not finite; {newest_checkpoint()}. {ADVICE}")
         return Losses(total / max(count, 1), largest, skipped)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """What a run that continues goes on counting from; waits for the device."""
+        return {"skipped": self._skipped.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
+        """Put back what `state_dict` returned; an older checkpoint has nothing."""
+        self._skipped.copy_(torch.tensor(state.get("skipped", [0, 0])))
 
     def spike(self, losses: Losses) -> str | None:
         """A line about a loss far above the usual one, if there was one; learns what is usual."""

@@ -3,6 +3,8 @@ device."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -90,12 +92,13 @@ class MetricsWriter:
         return len(records) - len(kept)
 
     def close(self) -> None:
-        """Close the files; harmless when repeated."""
-        self._stream.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Close the files, each of them even where another's last lines do not fit; harmless when repeated."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._stream.close)
+            if self._board is not None:
+                stack.callback(self._board.close)
+            if self._wandb is not None:
+                stack.callback(self._wandb.finish)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -202,10 +205,21 @@ def _open_tensorboard(folder: str | os.PathLike[str], purge_step: int | None):
     return SummaryWriter(os.fspath(folder), purge_step=purge_step)
 
 
-def _open_wandb(project: str, run: Path):
-    """The same run again where this one continues: its id is the directory's name."""
+def board_folder(run: Path) -> Path | None:
+    """Where a run's TensorBoard logs go; None where TensorBoard is not installed."""
+    return run / "tensorboard" if importlib.util.find_spec("tensorboard") is not None else None
+
+
+def import_wandb():
+    """The package; raises ImportError, saying what to install, where it is missing."""
     try:
         import wandb
     except ImportError as error:
         raise ImportError("logging to Weights & Biases needs wandb: run `pip install wandb`") from error
+    return wandb
+
+
+def _open_wandb(project: str, run: Path):
+    """The same run again where this one continues: its id is the directory's name."""
+    wandb = import_wandb()
     return wandb.init(project=project, name=run.name, id=run.resolve().name, dir=str(run), resume="allow")

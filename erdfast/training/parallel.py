@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -74,6 +74,25 @@ class World:
         if self.size > 1:
             self.all_reduce(torch.zeros((), device=self.device)).item()
 
+    def first(self, work: Callable[[], object]) -> str:
+        """`work` of the first process alone; its result as text in every process.
+
+        Raises:
+            ValueError: in every process, where it failed with a ValueError or an OSError.
+        """
+        if self.size == 1:
+            return str(work())
+        said = ""
+        if self.is_main:
+            try:
+                said = f"done {work()}"
+            except (ValueError, OSError) as error:
+                said = f"failed {error}"
+        outcome, _, text = self.share_text(said).partition(" ")
+        if outcome == "failed":
+            raise ValueError(text)
+        return text
+
     def share_text(self, text: str) -> str:
         """What the first process says, in every process."""
         if self.size == 1:
@@ -87,9 +106,16 @@ class World:
         return bytes(content.tolist()).decode()
 
 
+MENDABLE = (ValueError, ImportError, OSError, ArithmeticError)
+"""What users can mend: one line each, wherever it happens."""
+
+
 @contextlib.contextmanager
 def open_world(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started; without it, a world of one. Leaves them at the end.
+
+    An error that several of them meet alike, such as a bad option, stays one in the process that is first to say so;
+    the others exit with code 2.
 
     Args:
         device: "cuda" or "cpu"; each process takes the GPU of its number on its machine.
@@ -111,15 +137,27 @@ def open_world(device: torch.device) -> Iterator[World]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # Both: checkpoints and signals are agreed on between hosts, without a GPU that would have to wait.
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
     # torchrun's store outlives a restart: the addresses of processes that died must not be taken for the new ones'.
-    own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # pyright: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield _world(device)
+    except MENDABLE as error:
+        if _said_before(own, error):
+            raise SystemExit(2) from None
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _said_before(store: Any, error: Exception) -> bool:
+    """Whether another process has met the same error; no, where there is nobody left to ask."""
+    try:
+        return store.add(f"error: {error}", 1) > 1
+    except RuntimeError:
+        return False
 
 
 def _world(device: torch.device) -> World:

@@ -42,6 +42,11 @@ def resolve_compile(asked: str, mode: str, device: torch.device) -> str:
 
 
 def warm_cache(run: Path) -> None:
-    """Let what the compiler makes live with the run, so that a restart finds it."""
+    """Let what the compiler makes live with the run, so that a restart finds it; a user's own choice stands."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds, and only compiling needs it
+
+    # torch._dynamo puts its default there when it is imported, which is nobody's choice.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == os.path.abspath(default_cache_dir()):
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((run / "cache" / "inductor").resolve()))
     os.environ.setdefault("TRITON_CACHE_DIR", str((run / "cache" / "triton").resolve()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import sys
 import time
@@ -29,7 +28,7 @@ from .fp8 import apply_fp8, describe_difference, loss_difference
 from .graph import GraphedMicroBatch, MicroBatch, check_graph
 from .health import Health, check_weights
 from .interrupt import Interrupt, Vote
-from .metrics import LossByLogsnr, MetricsWriter, read_metrics
+from .metrics import LossByLogsnr, MetricsWriter, board_folder, read_metrics
 from .optimizer import build_optimizer, learning_rate
 from .parallel import World, average_gradients, choose_mode, communicating, full_tensor, replicate, shard
 from .plan import micro_batches, resolve_compile, warm_cache
@@ -256,9 +255,10 @@ class Trainer:
 
     def _log(self, writer: MetricsWriter | None, grad_norm: Tensor | None) -> dict[str, Any]:
         """One line of metrics; the only place of a step where the host waits for the device."""
+        self._is_written(wait=False)  # or is said not to be, now rather than when the next is due
         self.health.check(self._newest)
         by_level, counts = self.loss_by_logsnr.read_and_reset(self.world.all_reduce)
-        losses = self.health.read()
+        losses = self.health.read(self._newest)
         record: dict[str, Any] = {
             "step": self.step,
             "loss": losses.mean,
@@ -287,9 +287,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsWriter]:
-        with MetricsWriter(self.run / "metrics.jsonl", tensorboard=self._board(), wandb=self.config.wandb) as writer:
+        board = board_folder(self.run) if self.config.tensorboard else None
+        writer = MetricsWriter(self.run / "metrics.jsonl", tensorboard=board, wandb=self.config.wandb)
+        try:
             writer.truncate_after(self.step)
             yield writer
+        finally:
+            with self._going_on("metrics.jsonl"):
+                writer.close()
 
     def _maybe_preview(self) -> None:
         every = self.config.preview.sample_every
@@ -347,7 +352,7 @@ class Trainer:
             self.step,
             state_tensors(self.diffusion, self.optimizer, self.ema) | self.averaged.process_tensors(),
             self.averaged.model_tensors(),
-            {"scaler": self.scaler.state_dict()},
+            {"scaler": self.scaler.state_dict(), "health": self.health.state_dict()},
             wait=wait,
         )
         self._saved = self.step
@@ -372,10 +377,10 @@ class Trainer:
         self._is_written()  # or has been said not to be
         self.save()
 
-    def _is_written(self) -> bool:
+    def _is_written(self, *, wait: bool = True) -> bool:
         """Wait for the checkpoint in hand, if there is one; a full disk is no reason to lose what is trained."""
         try:
-            self.writer.wait()
+            self.writer.wait() if wait else self.writer.poll()
         except OSError as error:
             self._saved = None
             self.say(f"{error}; training goes on")
@@ -406,6 +411,7 @@ class Trainer:
             if not numbers.get("scaler"):
                 raise ValueError(f"checkpoint {path} holds no loss scale, which fp16 needs")
             self.scaler.load_state_dict(numbers["scaler"])
+        self.health.load_state_dict(numbers.get("health", {}))
         self.step = self._saved = int(path.name)
 
     def _newest(self) -> str:
@@ -425,10 +431,6 @@ class Trainer:
             desc=self.config.model,
             disable=not self.world.is_main,
         )
-
-    def _board(self) -> Path | None:
-        installed = importlib.util.find_spec("tensorboard") is not None
-        return self.run / "tensorboard" if self.config.tensorboard and installed else None
 
     @contextlib.contextmanager
     def _going_on(self, what: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from erdfast import train
 from erdfast.training.checkpoint_files import complete_checkpoints, complete_step, verify
+from erdfast.training.metrics import read_metrics
 from tests.runs import ROOT, TINY, all_tensors, assert_same_bits, start, wait_until, words
 
 KILLS = int(os.environ.get("ERDFAST_KILLS", "6"))
@@ -117,7 +121,40 @@ def test_two_processes_go_on_as_one(tmp_path, shared):
         _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert train.main(["--resume", str(run), "--steps", str(SHARED_STEPS), "--parallel", "auto"]) == 0
-    alone, wanted = all_tensors(run), all_tensors(shared)
+    assert_close(run, shared)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_of_full_size_goes_on_in_one_process(tmp_path):
+    """dit_s2 split by FSDP2, compiled by block, saved in the background; then whole, eager, from the step before."""
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    linear = words("--lr 1e3 --adam-eps 1e3 --weight-decay 0 --no-tensorboard --precision fp32")  # not Adam's signs
+    rest = words("--batch-size 2 --steps 2 --log-every 1 --checkpoint-every 1 --sample-every 0")
+    network = words("--model dit_s2 --data mixture --parallel fsdp --compile block")
+    with torchrun("-m", "erdfast.train", *network, *linear, *rest, "--out", shared) as process:
+        out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert "fsdp on 2 processes, 1 images each, fp32, compile block" in out
+    assert "cannot be written" not in out
+    assert any((shared / "cache" / "inductor").rglob("*.cpp"))
+    checkpoints = complete_checkpoints(shared / "checkpoints")
+    assert [path.name for path in checkpoints] == ["00000001", "00000002"]
+    for path in checkpoints:
+        verify(path)
+        assert len(list((path / "state").iterdir())) == 2  # each process wrote its shards
+
+    shutil.copytree(shared, alone, ignore=shutil.ignore_patterns("00000002", "cache"))
+    assert train.main(["--resume", str(alone), "--parallel", "none", "--compile", "none"]) == 0
+    assert_close(alone, shared)
+    one, two = ([record["loss"] for record in read_metrics(run / "metrics.jsonl")] for run in (alone, shared))
+    assert one == pytest.approx(two, rel=1e-5)
+    before, after = (load_file(path / "model.safetensors") for path in checkpoints)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """Equal but for rounding, in every tensor of the newest checkpoint."""
+    alone, wanted = all_tensors(run), all_tensors(other)
     assert alone.keys() == wanted.keys()
     for name, value in wanted.items():
         assert (alone[name] - value).abs().max() <= 2e-4 * max(1.0, float(value.abs().max())), name

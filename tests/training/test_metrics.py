@@ -1,12 +1,18 @@
+from __future__ import annotations
+
 import json
 import math
 import sys
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from erdfast import train
 from erdfast.training.metrics import LOGSNR_EDGES, LossByLogsnr, MetricsWriter, read_metrics
+from tests.runs import TINY, words
 
 
 def test_every_record_is_on_disk_at_once(tmp_path):
@@ -112,6 +118,56 @@ def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install erdfast\[logging\]"):
         MetricsWriter(tmp_path / "m.jsonl", tensorboard=tmp_path)
+
+
+class Wandb(ModuleType):
+    """Stands in for the package; remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.told: list[tuple[str, Any]] = []
+
+    def init(self, **options: Any) -> Wandb:
+        self.told.append(("init", options))
+        return self
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.told.append(("log", (step, numbers)))
+
+    def finish(self) -> None:
+        self.told.append(("finish", None))
+
+
+def test_wandb_receives_the_numbers(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = tmp_path / "run"
+    with MetricsWriter(run / "m.jsonl", wandb="project") as writer:
+        for step in (1, 2):
+            writer.write({"step": step, "loss": 1.0 / step, "bad": math.nan, "note": "text", "list": [1], "flag": True})
+        writer.write({"note": "without a step"})
+    where = {"project": "project", "name": "run", "id": "run", "dir": str(run), "resume": "allow"}
+    assert wandb.told == [
+        ("init", where),
+        ("log", (1, {"loss": 1.0})),
+        ("log", (2, {"loss": 0.5})),
+        ("finish", None),
+    ]
+
+
+def test_wandb_follows_a_run_and_its_continuation(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = tmp_path / "run"
+    assert train.main([*TINY, *words("--steps 3 --log-every 2 --wandb mine --out"), str(run)]) == 0
+    assert [what for what, _ in wandb.told] == ["init", "log", "log", "finish"]
+    assert [step for what, (step, _) in wandb.told[1:3]] == [2, 3]
+    records = read_metrics(run / "metrics.jsonl")
+    assert [numbers["loss"] for _, (_, numbers) in wandb.told[1:3]] == [record["loss"] for record in records]
+    wandb.told.clear()
+    assert train.main(["--resume", str(run), "--steps", "4"]) == 0
+    assert [what for what, _ in wandb.told] == ["init", "log", "finish"]
+    assert (wandb.told[0][1]["project"], wandb.told[0][1]["id"]) == ("mine", "run")
 
 
 def test_loss_by_logsnr_against_numpy():
