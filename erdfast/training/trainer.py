@@ -18,7 +18,7 @@ from erdfast.config import TrainConfig
 from erdfast.data import Batch, Dataset
 from erdfast.data.loader import Loader
 from erdfast.models import Backbone
-from erdfast.models.flops import training_flops, training_memory
+from erdfast.models.flops import training_flops
 from erdfast.process import Process
 
 from .checkpoint import CheckpointWriter, load_into
@@ -33,6 +33,7 @@ from .optimizer import build_optimizer, learning_rate
 from .parallel import World, average_gradients, choose_mode, communicating, full_tensor, replicate, shard
 from .plan import micro_batches, resolve_compile, warm_cache
 from .precision import PrecisionPolicy, resolve_precision
+from .predict import Plan, memory_per_gpu
 from .preview import Preview, write_summary
 from .recompute import apply_recompute
 from .setup import build_network
@@ -101,7 +102,10 @@ class Trainer:
         )
         if self.precision.fp8_backend is not None:
             apply_fp8(self.model, self.precision.fp8_backend)
-        memory = training_memory(self.model.config, self.parts[0][1], self.precision.name).total
+        whole = Plan("ddp", config.accumulation, config.recompute)
+        averages = len(config.ema.ema_std or config.ema.ema_decay)
+        size = (self.model.config, self.parts[0][1], self.precision.name, whole, self.world.size)
+        memory = memory_per_gpu(*size, num_emas=averages).total
         self.mode = choose_mode(config.parallel, self.world, memory)
         apply_recompute(self.model, config.recompute)
         self.compiled = resolve_compile(config.compile, self.mode, device)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from erdfast.data import Batch, Dataset, GaussianMixture
+from erdfast.ops.backend import default_backend
 from erdfast.presets import build_model
 from erdfast.training.checkpoint_files import newest_checkpoint
 from erdfast.training.health import NonFiniteError
@@ -325,3 +327,24 @@ def test_weights_that_an_update_spoils_are_never_saved(tmp_path):
     with pytest.raises(NonFiniteError, match="weights are not finite after step 1; there is no checkpoint yet"):
         trainer.train()
     assert complete_step(tmp_path) is None
+
+
+class NoReadBack(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: reading a value, or a shape that depends on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        read = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        assert func.overloadpacket not in read, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation": 2, "grad_clip": 1.0}, {"target": "k"}])
+def test_between_two_log_lines_nothing_is_read_on_the_host(tmp_path, options):
+    """From the data to the averages, by the references: what kernels for the CPU read is no device's business."""
+    trainer = tiny_trainer(tmp_path, log_every=100, **options)
+    with default_backend("reference"), NoReadBack():
+        for _ in range(3):
+            trainer._train_step()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReadBack():
+        trainer._log(None, None)
+    trainer.loader.close()
