@@ -360,8 +360,7 @@ SAMPLING = [
     ("--interval 0 2", ["interval is (0.0, 2.0)"]),
     ("--classes 3 12", ["[12]", "0..9"]),
     ("--classes -1", ["-1"]),
-    ("--sampler ddim", ["'ddim'", "edm_heun", "edm_euler"]),
-    ("--sampler heun", ["'heun'", "edm_heun", "discrete"]),
+    ("--sampler plms", ["'plms'", "edm_heun", "dpmpp_2m", "discrete"]),
     ("--level-set linear", ["'linear'", "'edm'", "'iddpm'", "'vp'"]),
     ("--precision fp8", ["'fp8'", "bf16"]),
     ("--out grid.jpg", ["grid.jpg", ".png or .npz"]),
@@ -385,8 +384,8 @@ def test_sampling(capsys, tmp_path, finished, arguments, parts):
     ("arguments", "parts"),
     [
         ("--cfg-scale 2", ["null class"]),
-        ("--sampler edm_heun", ["'edm_heun'", "'heun'", "continuous"]),
-        ("--level-set edm", ["'edm'", "'uniform'"]),
+        ("--sampler plms", ["'plms'", "'heun'", "continuous"]),
+        ("--level-set iddpm", ["'iddpm'", "'uniform'", "labels"]),
     ],
 )
 def test_sampling_a_continuous_run_without_null_class(capsys, unguided, arguments, parts):

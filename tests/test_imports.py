@@ -29,7 +29,10 @@ ALLOWED: dict[str, set[str]] = {
         *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files"),
     },
     "erdfast.sampling": {"torch", "numpy", "erdfast.philox", "erdfast.process", "erdfast.atomic"},
-    "erdfast.evaluation": {"torch", "numpy", "sklearn"},
+    "erdfast.evaluation": {
+        *("torch", "numpy", "sklearn", "safetensors", "matplotlib"),
+        *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data"),
+    },
     "erdfast.config": {"erdfast.process"},
 }
 ALLOWED["erdfast.training"] = {

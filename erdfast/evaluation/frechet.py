@@ -3,20 +3,26 @@
     d^2 = |mu1 - mu2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)
 
 (Dowson and Landau 1982; Heusel et al. 2017 for Inception features.) With C = F F^T the last trace is the sum
-of the singular values of F1^T F2. That form needs no matrix square root, is defined for covariances of any
+of the singular values of F1^T F2. That form needs no square root of a product, is defined for covariances of any
 rank (few samples, pixels that never change), and keeps all digits of small values: eigenvalues of C1 C2 lose
-half of them to rounding.
+half of them to rounding. F comes from the eigenvalues of C, and F F^T is compared with C.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Array = np.ndarray | Tensor
+
+ROOT_TOLERANCE = 1e-3
+"""Of |F F^T - C| / |C|. Exact covariances give 1e-14, those stored in float32 1e-7; beyond this it is none."""
 
 
 def frechet_distance(mu1: Array, cov1: Array, mu2: Array, cov2: Array) -> float:
@@ -27,25 +33,97 @@ def frechet_distance(mu1: Array, cov1: Array, mu2: Array, cov2: Array) -> float:
         cov1, cov2: (D, D) covariances, symmetric and positive semidefinite up to rounding.
 
     Raises:
-        ValueError: shapes that do not agree, or values that are not finite.
+        ValueError: shapes that do not agree, values that are not finite, or matrices that are no covariances.
     """
-    mean1, mean2 = (torch.as_tensor(mu).to(torch.float64) for mu in (mu1, mu2))
-    matrix1, matrix2 = (torch.as_tensor(cov).to(torch.float64) for cov in (cov1, cov2))
-    shapes = [tuple(array.shape) for array in (mean1, matrix1, mean2, matrix2)]
-    size = mean1.numel()
+    shapes = [tuple(np.shape(array)) for array in (mu1, cov1, mu2, cov2)]
+    size = math.prod(shapes[0])
     if shapes != [(size,), (size, size)] * 2:
         raise ValueError(f"need shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    if not all(bool(torch.isfinite(array).all()) for array in (mean1, matrix1, mean2, matrix2)):
-        raise ValueError("means and covariances must be finite")
-    overlap = torch.linalg.svdvals(_factor(matrix1).T @ _factor(matrix2)).sum()
-    distance = (mean1 - mean2).square().sum() + matrix1.trace() + matrix2.trace() - 2.0 * overlap
-    return max(float(distance), 0.0)
+    return Gaussian(_float64(mu1), _float64(cov1)).distance(Gaussian(_float64(mu2), _float64(cov2)))
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F with F F^T = covariance; eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh(0.5 * (covariance + covariance.T))
-    return vectors * values.clamp_min(0.0).sqrt()
+@dataclass(frozen=True)
+class Gaussian:
+    """What a Frechet distance needs of a set of features.
+
+    Raises:
+        ValueError: shapes that do not agree, or values that are not finite.
+    """
+
+    mean: Tensor
+    """(D,) float64."""
+    covariance: Tensor
+    """(D, D) float64."""
+    count: int | None = None
+    """Samples behind it, where that is known."""
+
+    def __post_init__(self) -> None:
+        size = self.mean.numel()
+        if self.mean.shape != (size,) or self.covariance.shape != (size, size):
+            raise ValueError(
+                f"a mean (D,) and a covariance (D, D) are needed, got {tuple(self.mean.shape)} and "
+                f"{tuple(self.covariance.shape)}"
+            )
+        if not bool(torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
+            raise ValueError("means and covariances must be finite")
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """`covariance_factor`, computed once: a reference serves many samples."""
+        return covariance_factor(self.covariance)
+
+    def distance(self, other: Gaussian) -> float:
+        """`frechet_distance` to another one.
+
+        Raises:
+            ValueError: other features, or a matrix that is no covariance.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"{self.mean.numel()} features cannot be compared with {other.mean.numel()}")
+        overlap = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
+        traces = self.covariance.trace() + other.covariance.trace()
+        return max(float((self.mean - other.mean).square().sum() + traces - 2.0 * overlap), 0.0)
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell people about too few samples; None if there are enough, or their number is unknown."""
+        size = self.mean.numel()
+        if self.count is None or self.count > size:
+            return None
+        return (
+            f"{self.count:,} samples for {size:,} features: the covariance is singular and the Frechet distance "
+            f"too large; compare only with the same number of samples"
+        )
+
+
+def covariance_factor(covariance: Tensor) -> Tensor:
+    """F with F F^T = covariance, by eigenvalues in float64; those within rounding of 0 are left out.
+
+    Args:
+        covariance: (D, D).
+
+    Returns:
+        (D, rank): few samples give few columns, and a distance in a fraction of the time.
+
+    Raises:
+        ValueError: F F^T differs from it: it is not symmetric, or has negative eigenvalues beyond rounding.
+    """
+    matrix = covariance.to(torch.float64)
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp_min(0.0)
+    factor = vectors[:, kept] * values[kept].sqrt()
+    size = matrix.norm()
+    error = float((factor @ factor.T - matrix).norm() / size) if size > 0 else 0.0
+    if not error <= ROOT_TOLERANCE:
+        raise ValueError(
+            f"a matrix is no covariance: its square root is wrong by {error:.1e} of its norm (at most "
+            f"{ROOT_TOLERANCE:g}), its eigenvalues are {float(values[0]):.3g} to {float(values[-1]):.3g}"
+        )
+    return factor
+
+
+def _float64(array: Array) -> Tensor:
+    return torch.as_tensor(array).to(torch.float64)
 
 
 class FeatureStatistics:
@@ -108,6 +186,20 @@ class FeatureStatistics:
         if other.count:
             self._join(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
 
+    def join_processes(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Adds what the other processes have seen, in each of them; all must call it.
+
+        Args:
+            all_reduce: the sum over all processes, in place.
+        """
+        count = int(all_reduce(torch.tensor(self.count, device=self.mean.device)))
+        if count == 0:
+            return
+        mean = all_reduce(self.mean * self.count) / count
+        shift = self.mean - mean
+        self.scatter = all_reduce(self.scatter + torch.outer(shift, shift) * self.count)
+        self.mean, self.count = mean, count
+
     def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
         shift = mean - self.mean
@@ -126,6 +218,14 @@ class FeatureStatistics:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
 
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance, on the CPU.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        return Gaussian(self.mean.cpu(), self.covariance.cpu(), self.count)
+
     def distance(self, other: FeatureStatistics) -> float:
         """`frechet_distance` to other statistics."""
-        return frechet_distance(self.mean.cpu(), self.covariance.cpu(), other.mean.cpu(), other.covariance.cpu())
+        return self.gaussian().distance(other.gaussian())

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from erdfast.evaluation.frechet import FeatureStatistics, frechet_distance
+from erdfast.evaluation.frechet import FeatureStatistics, Gaussian, covariance_factor, frechet_distance
 from tests.parity import load_parity
 
 
@@ -73,6 +73,49 @@ def test_merge_is_the_same_as_one_pass() -> None:
     torch.testing.assert_close(total.covariance, whole.covariance, rtol=1e-12, atol=1e-14)
 
 
+def test_processes_join() -> None:
+    """All-reduce by hand: what each sends is summed, then what each makes of the sums is compared with the whole."""
+    data = torch.randn(300, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100.0
+    parts = [FeatureStatistics.of(part) for part in data.split([10, 1, 289])] + [FeatureStatistics(4)]
+    count, mean = 300, data.mean(0)
+    scatters = [p.scatter + torch.outer(p.mean - mean, p.mean - mean) * p.count for p in parts]
+    scatter = torch.stack(scatters).sum(0)
+    for part in parts:
+        sums = iter([torch.tensor(count), mean * count, scatter])
+        part.join_processes(lambda _own, sums=sums: next(sums))
+        whole = FeatureStatistics.of(data)
+        assert part.count == 300
+        torch.testing.assert_close(part.mean, whole.mean, rtol=1e-13, atol=0.0)
+        torch.testing.assert_close(part.covariance, whole.covariance, rtol=1e-10, atol=1e-12)
+
+
+def test_factor_is_a_square_root() -> None:
+    for rank in (3, 12, 40):
+        covariance = torch.from_numpy(random_covariance(12, rank, rank))
+        factor = covariance_factor(covariance)
+        assert factor.shape == (12, min(rank, 12))
+        torch.testing.assert_close(factor @ factor.T, covariance, rtol=0.0, atol=1e-13)
+    assert covariance_factor(torch.zeros(3, 3)).shape == (3, 0)
+    stored_in_float32 = torch.from_numpy(random_covariance(50, 10, 0)).float()
+    factor = covariance_factor(stored_in_float32)
+    torch.testing.assert_close(factor @ factor.T, stored_in_float32.double(), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-np.eye(3), np.diag([1.0, 1.0, -0.01]), np.array([[1.0, 0.5], [0.0, 1.0]])])
+def test_matrices_that_are_no_covariances(wrong) -> None:
+    with pytest.raises(ValueError, match=r"no covariance: its square root is wrong by .*eigenvalues are"):
+        covariance_factor(torch.from_numpy(wrong))
+    with pytest.raises(ValueError, match="no covariance"):
+        frechet_distance(np.zeros(len(wrong)), wrong, np.zeros(len(wrong)), np.eye(len(wrong)))
+
+
+def test_too_few_samples_are_said() -> None:
+    few, enough = FeatureStatistics.of(torch.randn(8, 8)), FeatureStatistics.of(torch.randn(9, 8))
+    assert "8 samples for 8 features" in str(few.gaussian().warning)
+    assert enough.gaussian().warning is None
+    assert Gaussian(torch.zeros(2), torch.eye(2)).warning is None
+
+
 def test_float32_features_are_summed_in_float64() -> None:
     features = torch.full((20000, 1), 0.1)
     assert float(FeatureStatistics.of(features, chunk=64).mean) == pytest.approx(float(torch.tensor(0.1)), rel=1e-13)
@@ -93,6 +136,8 @@ def test_bad_input() -> None:
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.full((2, 2), np.inf))
     with pytest.raises(ValueError, match="at least 1"):
         FeatureStatistics(0)
+    with pytest.raises(ValueError, match="2 features cannot be compared with 3"):
+        Gaussian(torch.zeros(2), torch.eye(2)).distance(Gaussian(torch.zeros(3), torch.eye(3)))
 
 
 def test_features_without_a_second_dimension_are_refused() -> None:
