@@ -17,22 +17,32 @@ from typing import Any, TypeVar
 import torch
 
 from erdfast import presets
-from erdfast.config import TrainConfig
+from erdfast.config import PreviewConfig, TrainConfig
 
 Config = TypeVar("Config")
 
 _GROUPS = ("process", "optimizer", "ema", "preview")
+_PREVIEW = {field.name for field in dataclasses.fields(PreviewConfig)}
 _FREE_ON_RESUME = {
     *("steps", "resume", "dry_run", "gpus", "device"),
-    *("log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard", "wandb"),
+    *("log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard", "wandb", "ema_snapshot_every"),
+    *_PREVIEW,
     *("compile", "attention", "parallel", "ddp_bf16", "accumulation", "recompute", "cuda_graph", "cache"),
 }
 """What may change when a run continues: nothing that the weights depend on, but for rounding, except its length."""
 AUTO = "auto"
 
 
-def parse(config_type: type[Config], argv: Sequence[str] | None, default: Config | None = None) -> Config:
+def parse(
+    config_type: type[Config], argv: Sequence[str] | None, default: Config | None = None, program: str | None = None
+) -> Config:
     """Options from the command line, by the docstrings of a dataclass; flags carry no group prefix.
+
+    Args:
+        config_type: the dataclass.
+        argv: the command line; by default this process's.
+        default: where options start that are not named; by default the dataclass's own.
+        program: the module's name for `--help`; by default that of the dataclass, "erdfast.train" for TrainConfig.
 
     Raises:
         ValueError: an unknown flag, a missing one, or a value of the wrong type.
@@ -40,13 +50,14 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, default: Config
     """
     import tyro
 
+    program = program or f"erdfast.{config_type.__name__.removesuffix('Config').lower()}"
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
                 config_type,
                 args=list(sys.argv[1:] if argv is None else argv),
-                prog=f"python -m erdfast.{config_type.__name__.removesuffix('Config').lower()}",
+                prog=f"python -m {program}",
                 config=(tyro.conf.OmitArgPrefixes,),
                 default=tyro.MISSING_NONPROP if default is None else default,
             )

@@ -124,6 +124,9 @@ class EmaConfig:
         _require("ema_snapshot_every", self.ema_snapshot_every, self.ema_snapshot_every >= 0, "at least 0")
         if not self.ema_std and not self.ema_decay:
             raise ValueError("ema_decay is empty; name at least one decay in [0, 1)")
+        for name in ("ema_decay", "ema_std"):
+            if len({*getattr(self, name)}) < len(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; every average must be another")
         if self.ema_std and self.ema_warmup:
             raise ValueError("ema_warmup is for ema_decay: power-function averages need none")
 
@@ -324,9 +327,11 @@ class SampleConfig:
     steps: int = 50
     """Steps of the sampler."""
     sampler: str | None = None
-    """edm_heun, edm_euler (discrete schedules), heun, euler (continuous); by default the Heun sampler that suits."""
+    """edm_heun, edm_euler, heun, euler, ddim, dpmpp_2m; with fresh noise sde_euler, sde_heun; by default edm_heun
+    (discrete schedules) or heun (continuous)."""
     level_set: str | None = None
-    """Noise levels of the EDM samplers: edm, iddpm, vp."""
+    """Noise levels: edm, vp, logsnr, uniform (equal steps of time), iddpm (discrete schedules); by default edm for
+    discrete schedules and for edm_heun and edm_euler, else uniform."""
     out: Path | None = None
     """grid.png or samples.npz (as ADM's: arr_0 uint8 NHWC, arr_1 labels); by default RUN/samples.png."""
     seed: int = 0

@@ -83,14 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _encode(config: EncodeConfig, world: World) -> None:
     writer = _writer(config, world)
     plan = Plan(writer.manifest, config.part_mib << 20)
-    complete = world.any(world.is_main and begin(config.out, writer.manifest, plan))
-    if not complete:
+    complete = world.first(lambda: begin(config.out, writer, plan))
+    if complete != str(True):
         _say(world, f"{writer.dataset.describe()} => {config.out}, {len(plan.ranges)} parts")
         with _bar(writer, plan, world) as bar:
             write_parts(config.out, writer, plan, bar.update, rank=world.rank, size=world.size)
         world.barrier()
-        if world.is_main:
-            finish(config.out, writer.manifest, plan)
+        world.first(lambda: finish(config.out, writer.manifest, plan).rows)
     if world.is_main:
         _say(world, f"complete: {FileDataset(config.out).describe()}")
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _CHUNK_BYTES = 1 << 22
@@ -66,6 +67,15 @@ def checksum(file: Path) -> int:
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             value = zlib.crc32(chunk, value)
+    return value
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names and bytes of tensors on the CPU, in the order of their names."""
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
     return value
 
 

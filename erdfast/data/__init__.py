@@ -60,9 +60,16 @@ def open_dataset(
     if spec == "mixture" or spec.startswith("mixture:"):
         return _mixture(spec, shape, num_classes, seed)
     path = Path(spec)
-    if not spec or not (path.exists() or path.suffix in (*READERS, ".zip") or len(path.parts) > 1):
+    if not spec or not (_exists(path) or path.suffix in (*READERS, ".zip") or len(path.parts) > 1):
         raise ValueError(f"unknown data '{spec}' (and no such file or folder): choose {_CHOICES}")
     return FileDataset(path, shape=shape, num_classes=num_classes, latent_scale=latent_scale)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long a name: the reader says so
+        return True
 
 
 def _digits(shape: Shape | None, num_classes: int | None) -> Dataset:

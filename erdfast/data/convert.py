@@ -17,10 +17,8 @@ from erdfast.tensor_files import checksum, replace_tensors
 from .dataset import Batch
 from .files import FileDataset
 from .rows import read_safetensors
-from .store import JOB, MANIFEST, Manifest, Part, part_name, write_manifest
+from .store import DTYPES, JOB, MANIFEST, Manifest, Part, part_name, write_manifest
 from .vae import Encoder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Advance = Callable[[int], object]
 """Told how many samples are done."""
@@ -81,10 +79,22 @@ class Writer:
             where = slice(int(indices[0]) - start, int(indices[-1]) + 1 - start)
             for name in names:
                 out[name][where] = self._stored(indices, pictures, flipped=name.endswith("_flip"))
+                self._check(out[name][where], indices)
             if self.dataset.num_classes:
                 labels.append(self.dataset.labels(indices))
             advance(len(indices))
         return out | ({"labels": torch.cat(labels)} if labels else {})
+
+    def _check(self, x: Tensor, indices: Tensor) -> None:
+        """Every sample is read here, and not only some as when a file is opened."""
+        if self.kind == "pixels":
+            return
+        good = torch.isfinite(x).flatten(1).all(1)
+        if self.kind == "moments":
+            good &= (x[:, x.shape[1] // 2 :] >= 0).flatten(1).all(1)
+        if not bool(good.all()):
+            path, dtype, sample = self.dataset.path, self.manifest.dtype, int(indices[~good][0])
+            raise ValueError(f"{path}: sample {sample} is not finite in {dtype}, or has negative deviations")
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -124,9 +134,7 @@ class Plan:
     """
 
     def __init__(self, manifest: Manifest, part_bytes: int) -> None:
-        size = torch.Size(manifest.shape).numel() * (
-            1 if manifest.kind == "pixels" else DTYPES[manifest.dtype].itemsize
-        )
+        size = torch.Size(manifest.shape).numel() * DTYPES[manifest.dtype].itemsize
         each = max(1, part_bytes // (size * (2 if manifest.flips else 1)))
         self.ranges = [(at, min(at + each, manifest.rows)) for at in range(0, manifest.rows, each)]
 
@@ -135,7 +143,7 @@ class Plan:
         return part_name(number, len(self.ranges))
 
 
-def begin(out: Path, manifest: Manifest, plan: Plan) -> bool:
+def begin(out: Path, writer: Writer, plan: Plan) -> bool:
     """Prepare the folder; by one process.
 
     Returns:
@@ -144,8 +152,11 @@ def begin(out: Path, manifest: Manifest, plan: Plan) -> bool:
     Raises:
         ValueError: it holds something else, or was begun with other options. OSError: it cannot be written.
     """
-    job = {**json.loads(manifest.to_json()), "ranges": len(plan.ranges)}
+    job = {**json.loads(writer.manifest.to_json()), "ranges": len(plan.ranges)}
+    job |= {"data": writer.dataset.fingerprint(), "vae": writer.encoder and writer.encoder.fingerprint}
     if (out / JOB).exists():
+        for left in out.glob(".*.partial"):  # of a process that was killed
+            left.unlink(missing_ok=True)
         begun = json.loads((out / JOB).read_text())
         different = [name for name in job if begun.get(name) != job[name]]
         if different:

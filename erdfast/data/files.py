@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -109,6 +110,12 @@ class FileDataset(Dataset):
     def labels(self, indices: Tensor) -> Tensor:
         """(B,) int64, as `gather` gives them."""
         return self._labels[indices]
+
+    def fingerprint(self) -> int:
+        """A number that is most likely another for other data: CRC-32 of some samples and of all labels."""
+        some = torch.linspace(0, len(self) - 1, min(len(self), _PROBE_ROWS)).long()
+        value = zlib.crc32(self.take(some).contiguous().view(torch.uint8).numpy().tobytes())
+        return zlib.crc32(self._labels.contiguous().numpy().tobytes(), value)
 
     def take(self, indices: Tensor, flips: Tensor | None = None) -> Tensor:
         """Rows as they are stored: (B, C, H, W), moments (B, 2C, H, W), pixels (B, H, W, C) uint8."""
@@ -219,5 +226,6 @@ def _check_labels(labels: Tensor | None, size: int, num_classes: int | None) -> 
     if limit > MOST_CLASSES:
         raise ValueError(f"{limit:,} classes (the largest label is {high}) are more than {MOST_CLASSES:,}")
     if low < 0 or high >= limit:
-        raise ValueError(f"labels must be in 0..{limit - 1}, found {low if low < 0 else high}")
+        sample = int(labels.argmin() if low < 0 else labels.argmax())
+        raise ValueError(f"labels must be in 0..{limit - 1}, found {low if low < 0 else high} at sample {sample}")
     return labels, limit

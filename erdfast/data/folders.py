@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,25 @@ from torch import Tensor
 from .dataset import Shape, format_shape
 from .pickled_pairs import decode_moments, decode_pair, is_pickled
 from .pictures import SUFFIXES, decode_picture, picture_decoder
-from .sample_files import Files, FolderFiles, SampleRows, ZipFiles, decode_npy, list_files, list_members
+from .sample_files import (
+    LARGEST_FILE,
+    Files,
+    FolderFiles,
+    SampleRows,
+    ZipFiles,
+    decode_npy,
+    is_hidden,
+    list_files,
+    list_members,
+)
 from .source import Source
 
 _LABELS = "dataset.json"
 _NUMBERED = re.compile(r"\d{5}/img\d+\.\w+")
 """How EDM2's tools name pictures: these folders are no classes."""
 _AT_ONCE = 65_536
+_ABSENT = object()
+"""In place of dataset.json, which may hold null."""
 CONVERT = "python -m erdfast.encode --convert --data {path} --out NEW_FOLDER"
 
 
@@ -34,14 +47,16 @@ def open_sample_folder(path: Path, shape: Shape | None, pickled: bool) -> Source
     """
     if pair := _fast_dit_folders(path):
         return _open_fast_dit(*pair)
-    if (path / "0.npy").exists() and is_pickled(_head(path / "0.npy")):
+    arrays = sorted(entry for entry in path.glob("*.npy") if not is_hidden(entry.name) and entry.is_file())
+    if arrays and arrays[0].stem.isdigit() and is_pickled(_head(arrays[0])):
         return _open_pickled(path, pickled)
     folder = path / "vae-sd" if (path / "vae-sd").is_dir() else path  # REPA's, beside its pictures
     if moments := [name for name in list_files(folder, (".npy",)) if _is_moments(name)]:
-        labels = _labels_of(moments, _read_json(folder / _LABELS), by_folder=False)[0]
+        labels, _ = _labels_of(moments, _read_json(folder / _LABELS), by_folder=False)
         return _moments(FolderFiles(folder, moments), labels, path)
     if pictures := list_files(path, SUFFIXES):
         labels, classes = _labels_of(pictures, _read_json(path / _LABELS), by_folder=True)
+        _check_classes(path, classes)
         return _pictures(FolderFiles(path, pictures), labels, classes, shape, path)
     raise ValueError(
         "the folder holds neither erdfast.json, *.safetensors, latents.npy, img-mean-std-*.npy, NAME_features and "
@@ -53,7 +68,9 @@ def open_zip(path: Path, shape: Shape | None) -> Source:
     """A zip of EDM2's tools: moments or pictures, with `dataset.json`."""
     with zipfile.ZipFile(path) as archive:
         described = next((info for info in archive.infolist() if info.filename == _LABELS), None)
-        table = None if described is None else json.loads(archive.read(described))
+        if described is not None and described.file_size > LARGEST_FILE:
+            raise ValueError(f"{_LABELS} has {described.file_size:,} bytes, more than {LARGEST_FILE:,}")
+        table = _ABSENT if described is None else json.loads(archive.read(described))
     moments = [info for info in list_members(path, (".npy",)) if _is_moments(info.filename)]
     members = moments or list_members(path, SUFFIXES)
     if not members:
@@ -84,11 +101,11 @@ def _pictures(files: Files, labels: Tensor | None, classes: tuple[str, ...], sha
 def _fast_dit_folders(path: Path) -> tuple[Path, Path] | None:
     """Features and labels: both below `path`, or `path` and its neighbour."""
     candidates = [path] if path.name.endswith("_features") else sorted(path.glob("*_features"))
-    for features in candidates:
-        labels = features.with_name(features.name.removesuffix("_features") + "_labels")
-        if features.is_dir() and labels.is_dir():
-            return features, labels
-    return None
+    named = [(one, one.with_name(one.name.removesuffix("_features") + "_labels")) for one in candidates]
+    pairs = [(features, labels) for features, labels in named if features.is_dir() and labels.is_dir()]
+    if len(pairs) > 1:
+        raise ValueError(f"it holds {' and '.join(features.name for features, _ in pairs)}: name one of them")
+    return pairs[0] if pairs else None
 
 
 def _open_fast_dit(features: Path, labels: Path) -> Source:
@@ -133,10 +150,13 @@ def _labels_of(names: Sequence[str], table: object, *, by_folder: bool) -> tuple
     Raises:
         ValueError: dataset.json is not of the form {"labels": [[name, label], ...]}, or lacks a name.
     """
-    if table is not None:
+    if table is not _ABSENT:
         return _from_table(names, table), ()
-    if not by_folder or any("/" not in name for name in names) or all(_NUMBERED.fullmatch(name) for name in names):
+    top = [name for name in names if "/" not in name]
+    if not by_folder or len(top) == len(names) or all(_NUMBERED.fullmatch(name) for name in names):
         return None, ()
+    if top:
+        raise ValueError(f"{top[0]} lies beside folders of classes: remove it, or put it into one")
     folders = [name.partition("/")[0] for name in names]
     classes = sorted(set(folders))
     number = {name: index for index, name in enumerate(classes)}
@@ -147,6 +167,10 @@ def _from_table(names: Sequence[str], table: object) -> Tensor | None:
     pairs = table.get("labels", ...) if isinstance(table, dict) else ...
     if pairs is None:
         return None
+    names_given = [pair[0] for pair in pairs] if isinstance(pairs, list) and all(map(_is_pair, pairs)) else []
+    twice, times = Counter(names_given).most_common(1)[0] if names_given else ("", 0)
+    if times > 1:
+        raise ValueError(f"{_LABELS} has two labels for {twice}")
     try:
         known: dict[Any, Any] = dict(pairs)  # type: ignore[call-overload]
     except (TypeError, ValueError) as error:
@@ -155,14 +179,31 @@ def _from_table(names: Sequence[str], table: object) -> Tensor | None:
     if missing is not None:
         raise ValueError(f"{_LABELS} has no label for {missing}")
     labels = [known[name] for name in names]
-    wrong = next((name for name, label in zip(names, labels, strict=True) if type(label) is not int), None)
+    wrong = next((name for name, label in zip(names, labels, strict=True) if not _is_label(label)), None)
     if wrong is not None:
-        raise ValueError(f"{_LABELS}: the label of {wrong} is {known[wrong]!r}, expected a whole number")
+        raise ValueError(f"{_LABELS}: the label of {wrong} is {known[wrong]!r:.100}, expected a whole number from 0 on")
     return torch.tensor(labels, dtype=torch.int64)
 
 
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def _is_label(label: object) -> bool:
+    return type(label) is int and 0 <= label < 2**31
+
+
+def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
+    """Raise ValueError if a folder beside those of classes holds no picture: labels would not be what is expected."""
+    if not classes:
+        return
+    folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name)}
+    if empty := sorted(folders - set(classes)):
+        raise ValueError(f"the folder {empty[0]} holds no picture ({', '.join(SUFFIXES)}): remove it, or fill it")
+
+
 def _read_json(path: Path) -> object:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else _ABSENT
 
 
 def _read(rows: SampleRows) -> Tensor:

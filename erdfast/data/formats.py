@@ -29,6 +29,7 @@ from torch import Tensor
 from .dataset import Shape, format_shape
 from .folders import open_sample_folder, open_zip
 from .rows import Rows, ShardedRows, read_hdf5, read_npy, read_npz, read_safetensors
+from .sample_files import is_hidden
 from .source import DAMAGE, Affine, Source
 from .store import JOB, MANIFEST, open_store
 
@@ -45,7 +46,11 @@ def open_source(path: Path, shape: Shape | None = None, *, pickled: bool = False
         ValueError: naming the file and what is wrong with it.
         ImportError: an HDF5 file without h5py, pictures without Pillow.
     """
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # too long a name, a loop of links
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    if not exists:
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
         return _guarded(path, partial(_open_folder, shape=shape, pickled=pickled))
@@ -72,7 +77,7 @@ def _open_folder(path: Path, shape: Shape | None, pickled: bool) -> Source:
         return open_store(path)
     if (path / JOB).exists():
         raise ValueError("it is unfinished: run the same erdfast.encode command again, which goes on where it was")
-    shards = sorted(path.glob("*.safetensors"))
+    shards = sorted(shard for shard in path.glob("*.safetensors") if not is_hidden(shard.name))
     if shards:
         return join([_guarded(shard, _open_safetensors) for shard in shards], shards, _read_stats(path))
     if (path / "latents.npy").exists():
@@ -152,9 +157,13 @@ def _read_stats(folder: Path) -> Affine | None:
     path = folder / "latents_stats.pt"
     if not path.exists():
         return None
-    stats = torch.load(path, map_location="cpu", weights_only=True)
-    mean, std = (stats[key].float().reshape(-1, 1, 1) for key in ("mean", "std"))
-    if mean.shape != std.shape or not bool((std > 0).all()):
+    try:
+        stats = torch.load(path, map_location="cpu", weights_only=True)
+        mean, std = (stats[key].float().reshape(-1, 1, 1) for key in ("mean", "std"))
+    except DAMAGE as error:  # PyTorch's own words advise to unpickle it
+        raise ValueError(f"{path}: cannot be read as tensors 'mean' and 'std' ({type(error).__name__})") from error
+    finite = bool(torch.isfinite(mean).all() and torch.isfinite(std).all())
+    if mean.shape != std.shape or not finite or not bool((std > 0).all()):
         raise ValueError("latents_stats.pt must hold 'mean' and positive 'std' of one value per channel each")
     return Affine(1.0 / std, -mean / std)
 

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .sample_files import Decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Of files that are taken for pictures; ImageNet's own are called .JPEG."""
+_LONGEST = 4
+"""Sides of a picture's middle that is worth scaling: a thread of 1x60000 pixels would become gigabytes."""
 
 
 def picture_decoder(size: int | None, channels: int = 3) -> Decode:
@@ -37,17 +41,45 @@ def decode_picture(data: bytes, *, size: int | None = None, channels: int = 3) -
     Raises:
         ValueError, OSError, SyntaxError: it is no picture, or damaged.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(data)) as opened:
-        image = opened.convert("RGB" if channels == 3 else "L")
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError("it has more pixels than any picture should") from error
     if size is not None and image.size != (size, size):
+        longest = _LONGEST * min(image.size)
+        if max(image.size) > longest:
+            image = _middle(image, _shortened(image.width, longest), _shortened(image.height, longest))
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = size / min(image.size)
         if scale != 1:
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+        image = _middle(image, size, size)
     array = np.asarray(image)
     return array if array.ndim == 3 else array[:, :, None]
+
+
+def _middle(image: Image, width: int, height: int) -> Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _shortened(side: int, longest: int) -> int:
+    """A side cut at both ends alike, so that the middle stays where it is."""
+    return side - 2 * max(0, (side - longest) // 2)
+
+
+def _eight_bits(image: Image) -> Image:
+    """16-bit grey scaled to 8 bits, which Pillow would clip; numbers without a range have none."""
+    if image.mode.startswith("I;16"):
+        from PIL.Image import fromarray
+
+        return fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers (mode {image.mode}), which have no known range")
+    return image

@@ -213,6 +213,8 @@ def read_safetensors(path: Path) -> Loaders:
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length} bytes: not a safetensors file")
         header = json.loads(_exactly(stream.read(length), length))
+    if not (isinstance(header, dict) and all(isinstance(entry, dict) for entry in header.values())):
+        raise ValueError("its header is no table of tensors: not a safetensors file")
     header.pop("__metadata__", None)
     return {name: partial(_load_tensor, path, 8 + length, name, entry) for name, entry in header.items()}
 
@@ -248,14 +250,31 @@ def read_hdf5(path: Path) -> Loaders:
         dataset = handle[name]
         if not isinstance(dataset, h5py.Dataset) or dataset.ndim == 0:
             raise ValueError(f"'{name}' is no data set with rows")
+        _check_virtual(dataset, name)
         offset = dataset.id.get_offset()  # None where the data lie in chunks or in other files
         dtype = _torch_dtype(dataset.dtype, name)
-        if offset is not None:
+        if offset is not None and dataset.file.filename == handle.filename:  # a link may lead into another file
             return _map_bytes(path, offset, dataset.shape, dtype, name)
         _check_sides(dataset.shape, name)
         return HDF5Rows(dataset)
 
     return {name: partial(load, name) for name in map(str, handle)}
+
+
+def _check_virtual(dataset, name: str) -> None:
+    """HDF5 itself reads zeros where what a virtual data set is made of is missing."""
+    if not dataset.is_virtual:
+        return
+    import h5py
+
+    path = Path(dataset.file.filename)
+    for source in dataset.virtual_sources():
+        file = path if source.file_name == "." else path.parent / source.file_name
+        if not file.exists():
+            raise ValueError(f"'{name}' is made of {source.file_name}, which is missing")
+        with h5py.File(file, "r") as opened:
+            if source.dset_name not in opened:
+                raise ValueError(f"'{name}' is made of '{source.dset_name}' in {file.name}, which is missing")
 
 
 def _npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:

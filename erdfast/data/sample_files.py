@@ -7,7 +7,9 @@ threads read a batch. A converted copy (`python -m erdfast.encode --convert`) is
 from __future__ import annotations
 
 import os
+import stat
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,8 +24,22 @@ from torch import Tensor
 THREADS = 8
 """That read and decode a batch: reading waits for the disk, and zlib, Pillow and NumPy let other threads run."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_DAMAGE = (OSError, ValueError, EOFError, LookupError, zlib.error, struct.error, SyntaxError, OverflowError)
-"""What reading and decoding one broken file raises (Pillow: SyntaxError)."""
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    zlib.error,
+    struct.error,
+    SyntaxError,
+    tokenize.TokenError,
+    OverflowError,
+    MemoryError,
+)
+"""What reading and decoding one broken file raises (Pillow: SyntaxError; headers of NumPy: TokenError)."""
+
+LARGEST_FILE = 1 << 28
+"""Bytes of one sample, unpacked; a larger one is no sample, and would fill the memory."""
 
 Decode = Callable[[bytes], np.ndarray]
 """A file's content => the sample, an array whose shape and type are the same for all samples."""
@@ -67,7 +83,15 @@ class FolderFiles:
 
     def read(self, index: int) -> bytes:
         """See `Files.read`."""
-        return (self.folder / self.name(index)).read_bytes()
+        # Without waiting: a pipe among the files would never be opened.
+        descriptor = os.open(self.folder / self.name(index), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no regular file")
+            if status.st_size > LARGEST_FILE:
+                raise ValueError(f"it has {status.st_size:,} bytes, more than the {LARGEST_FILE:,} of any sample")
+            return stream.read()
 
 
 class ZipFiles:
@@ -86,6 +110,8 @@ class ZipFiles:
         for info in members:
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
                 raise ValueError(f"'{info.filename}' is encrypted or compressed in a way that is not known here")
+            if not 0 < info.file_size <= LARGEST_FILE:
+                raise ValueError(f"'{info.filename}' has {info.file_size:,} bytes, expected 1 to {LARGEST_FILE:,}")
         self._names = FolderFiles(path, [info.filename for info in members])
         columns = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
         self._table = np.array(columns, dtype=np.int64).reshape(-1, 5)
@@ -190,14 +216,30 @@ def decode_npy(data: bytes) -> np.ndarray:
 
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
-    """Paths below a folder of files that end so, links followed, sorted: the order that every reader of them uses."""
+    """Paths below a folder of files that end so, links followed, sorted: the order that every reader of them uses.
+
+    Hidden files and folders are left out.
+
+    Raises:
+        ValueError: a link leads to a folder that it lies in. OSError: a folder cannot be read.
+    """
     found: list[str] = []
-    prefix = len(str(folder)) + 1
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        base = where[prefix:].replace(os.sep, "/")
-        below = f"{base}/" if base else ""
-        found += [below + name for name in names if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."]
+
+    def walk(where: Path, below: str, above: frozenset[tuple[int, int]]) -> None:
+        status = where.stat()
+        own = (status.st_dev, status.st_ino)
+        if own in above:
+            raise ValueError(f"{below.rstrip('/')} is a link to a folder that it lies in")
+        with os.scandir(where) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    walk(Path(entry.path), f"{below}{entry.name}/", above | {own})
+                elif os.path.splitext(entry.name)[1].lower() in suffixes:
+                    found.append(below + entry.name)
+
+    walk(folder, "", frozenset())
     return sorted(found)
 
 
@@ -205,5 +247,14 @@ def list_members(path: Path, suffixes: Sequence[str]) -> list[zipfile.ZipInfo]:
     """The same of a zip."""
     with zipfile.ZipFile(path) as archive:
         members = [info for info in archive.infolist() if not info.is_dir()]
-    wanted = [info for info in members if os.path.splitext(info.filename)[1].lower() in suffixes]
+    wanted = [
+        info
+        for info in members
+        if os.path.splitext(info.filename)[1].lower() in suffixes and not any(map(is_hidden, info.filename.split("/")))
+    ]
     return sorted(wanted, key=lambda info: info.filename)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is its system's rather than its user's."""
+    return name.startswith(".") or name == "__MACOSX"

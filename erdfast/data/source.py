@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import tokenize
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -34,6 +35,7 @@ DAMAGE = (
     struct.error,
     zlib.error,
     zipfile.BadZipFile,
+    tokenize.TokenError,  # NumPy, of a header whose brackets stay open
     pickle.UnpicklingError,  # PyTorch's restricted reader refuses a file with it
 )
 """What the readers raise when a header, a directory of parts or a number in it makes no sense."""
@@ -87,6 +89,8 @@ def rescaled(source: Source, asked: str) -> Source:
     if source.kind == "pixels":
         raise ValueError(f"latent_scale {asked} is for latents, and these are pixels")
     chosen = source.scale if asked == "auto" else asked
+    if len(source.rows.shape) != 3:
+        raise ValueError(f"latents must be (N, C, H, W), got (N, {', '.join(map(str, source.rows.shape))})")
     if chosen == "auto":
         chosen = _guess(source)
     moments = source.kind == "moments"

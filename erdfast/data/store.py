@@ -27,6 +27,7 @@ JOB = ".job.json"
 """What an unfinished folder is being made of: going on with other options would mix two data sets."""
 FORMAT = 1
 KINDS = ("latents", "moments", "pixels")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,14 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"kind {manifest.kind!r}, expected one of {', '.join(KINDS)}")
     if manifest.rows != sum(part.rows for part in manifest.parts) or not manifest.parts:
         raise ValueError(f"its parts do not add up to {manifest.rows} rows")
-    if manifest.moments_scale is not None and type(manifest.moments_scale) not in (int, float):
-        raise ValueError(f"moments_scale {manifest.moments_scale!r}")
+    scale = manifest.moments_scale
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < float("inf")):
+        raise ValueError(f"moments_scale {scale!r}")
+    texts = (manifest.note, manifest.origin, manifest.dtype, *manifest.class_names)
+    if not all(isinstance(text, str) for text in texts) or type(manifest.flips) is not bool:
+        raise ValueError("note, origin, dtype and class_names must be texts, flips true or false")
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -146,8 +153,10 @@ def _load(tensors: Loaders, name: str, manifest: Manifest, part: Part) -> Rows:
     if name not in tensors:
         raise ValueError(f"{part.file} holds no '{name}'")
     rows = tensors[name]()
-    if (len(rows), tuple(rows.shape)) != (part.rows, manifest.shape):
-        raise ValueError(f"{part.file}: '{name}' is of shape {(len(rows), *rows.shape)}, which {MANIFEST} does not say")
+    found = (len(rows), tuple(rows.shape), rows.dtype)
+    if found != (part.rows, manifest.shape, DTYPES[manifest.dtype]):
+        shape = (len(rows), *rows.shape)
+        raise ValueError(f"{part.file}: '{name}' is {rows.dtype} of shape {shape}, which {MANIFEST} does not say")
     return rows
 
 

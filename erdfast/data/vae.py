@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from erdfast.tensor_files import checksum
+
 from .source import SD_VAE_SCALE, Affine, edm2_whitening
 
 
@@ -55,6 +57,9 @@ class Encoder:
         """Pixels per latent, to a side."""
         self.channels: int = vae.config["latent_channels"]
         self.scaling = self._scaling(scale)
+        files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+        self.fingerprint = f"{dtype} " + " ".join(f"{checksum(file):08x}" for file in files)
+        """Another for another VAE, or another precision."""
 
     def _scaling(self, scale: str) -> Scaling:
         if scale == "edm2":

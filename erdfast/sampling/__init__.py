@@ -3,16 +3,29 @@
 from erdfast.sampling.guidance import Guided
 from erdfast.sampling.levels import LEVEL_SETS, Levels, make_levels, noise_table
 from erdfast.sampling.output import default_labels, save_npz
-from erdfast.sampling.sample import SAMPLER_KINDS, sample
-from erdfast.sampling.samplers import SAMPLERS, edm_euler, edm_heun, euler, heun
+from erdfast.sampling.sample import SAMPLER_KINDS, Batch, sample, sample_batches
+from erdfast.sampling.samplers import (
+    SAMPLERS,
+    ddim,
+    dpmpp_2m,
+    edm_euler,
+    edm_heun,
+    euler,
+    heun,
+    sde_euler,
+    sde_heun,
+)
 
 __all__ = [
     "LEVEL_SETS",
     "SAMPLERS",
     "SAMPLER_KINDS",
+    "Batch",
     "Guided",
     "Levels",
+    "ddim",
     "default_labels",
+    "dpmpp_2m",
     "edm_euler",
     "edm_heun",
     "euler",
@@ -20,5 +33,8 @@ __all__ = [
     "make_levels",
     "noise_table",
     "sample",
+    "sample_batches",
     "save_npz",
+    "sde_euler",
+    "sde_heun",
 ]

@@ -9,11 +9,13 @@ least.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,36 +25,38 @@ if TYPE_CHECKING:
 FULL_INTERVAL = (0.0, 1.0)
 """Guidance at every noise level."""
 
+Model = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+"""(x, time, y) => output: a module, or a graph of one."""
+
 ROUNDING = 1e-9
 """Allowance at the interval's ends: a grid's 0.8 may come out as 0.8000000000000003."""
 
 
 class Affine(NamedTuple):
-    """A conversion at one time: pred_factor * prediction + state_factor * x_t; (1,) float64 each."""
+    """A conversion at one time: pred_factor * prediction + state_factor * x_t."""
 
-    pred_factor: Tensor
-    state_factor: Tensor
+    pred_factor: float
+    state_factor: float
 
     def __call__(self, pred: Tensor, x_t: Tensor) -> Tensor:
         """(B, C, H, W) in the dtype of the arguments, which share one."""
-        return self.pred_factor.to(pred.dtype) * pred + self.state_factor.to(x_t.dtype) * x_t
+        return self.pred_factor * pred + self.state_factor * x_t
 
 
 class Row(NamedTuple):
-    """What one time of the process means, on the device of the images."""
+    """What one time of the process means: numbers of the host, which go into kernels as arguments."""
 
-    alpha: Tensor
-    """(1,) float64."""
+    alpha: float
     network_time: Tensor
-    """(1,) float32."""
+    """(1,) float32, on the device of the images."""
     to_x0: Affine
     """From the network's output to clean data."""
     to_velocity: Affine
-    """From the network's output to dx_t/dt."""
+    """From the network's output to the derivative of x_t: in t, or in the angle of a discrete process."""
 
 
 class Guided:
-    """A network under guidance, for one batch of labels: `denoise`, `velocity` and `predict`, each (x, time).
+    """A network under guidance, for one batch of labels: `denoise`, `clean`, `velocity`, `predict`, each (x, time).
 
     Times are host numbers. Whether a time is guided is decided from that number for every evaluation by
     itself, the second stage of Heun's rule included. Where it is not guided, the unconditional half is not
@@ -76,7 +80,7 @@ class Guided:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         process: Process,
         y: Tensor | None = None,
         cfg_scale: float = 1.0,
@@ -92,26 +96,35 @@ class Guided:
         self.interval = interval
         self.autocast_dtype = autocast_dtype
         self._last_time = float(max((process.schedule.num_timesteps or 2) - 1, 1))
+        self._null_class = null_class
         self._pair = None if cfg_scale == 1.0 else _with_null(y, null_class, cfg_scale)
         self._rows: dict[float, Row] = {}
 
     def prepare(self, times: Sequence[float], device: torch.device) -> None:
-        """Computes what all these times mean in one go: then the sampling loop copies nothing to the device.
+        """Computes what all these times mean in one go, on the device, and brings it to the host: then the sampling
+        loop neither copies anything to the device nor waits for it.
 
         Without it they are computed at the first use of each time.
         """
         discrete = self.process.schedule.discrete
         t = torch.tensor(times, dtype=torch.int64 if discrete else torch.float64, device=device)
         one, zero = (fill(len(times), dtype=torch.float64, device=device) for fill in (torch.ones, torch.zeros))
+        velocity = "v" if discrete else "u"  # d x_t/d angle is v at every label; d x_t/dt is u
         with torch.no_grad():
             coef = self.process.coefficients(t, dtype=torch.float64)
             # A conversion is linear in (prediction, x_t): unit inputs read its two factors off.
-            factors = [self.process.convert(*unit, t, to) for to in ("x0", "u") for unit in ((one, zero), (zero, one))]
-        for i, time in enumerate(times):
-            x0_pred, x0_state, u_pred, u_state = (factor[i : i + 1] for factor in factors)
-            network_time = coef.time[i : i + 1].to(torch.float32)
-            to_x0, to_velocity = Affine(x0_pred, x0_state), Affine(u_pred, u_state)
-            self._rows[time] = Row(coef.alpha[i : i + 1], network_time, to_x0, to_velocity)
+            units = ((one, zero), (zero, one))
+            factors = [self.process.convert(*unit, t, to) for to in ("x0", velocity) for unit in units]
+            numbers = torch.stack([coef.alpha, *factors], dim=1).tolist()
+            network_time = coef.time.to(torch.float32)
+        for i, (time, (alpha, *pairs)) in enumerate(zip(times, numbers, strict=True)):
+            self._rows[time] = Row(alpha, network_time[i : i + 1], Affine(*pairs[:2]), Affine(*pairs[2:]))
+
+    def with_labels(self, y: Tensor | None) -> Guided:
+        """The same for another batch of labels, with all that has been prepared."""
+        other = copy.copy(self)
+        other.y, other._pair = y, None if self._pair is None else _with_null(y, self._null_class, self.cfg_scale)
+        return other
 
     def guided_at(self, time: float) -> bool:
         """Whether an evaluation at this time (label or t) uses the unconditional prediction."""
@@ -145,12 +158,15 @@ class Guided:
 
         On a variance-preserving process the network's input alpha * x is x / sqrt(s^2 + 1) at noise level s.
         """
-        row = self._row(x, time)
-        x_t = row.alpha.to(x.dtype) * x
-        return row.to_x0(self.predict(x_t, time), x_t)
+        return self.clean(self._row(x, time).alpha * x, time)
+
+    def clean(self, x_t: Tensor, time: float) -> Tensor:
+        """Clean data from x_t, as `ddim`, `dpmpp_2m` and the stochastic samplers ask for it."""
+        return self._row(x_t, time).to_x0(self.predict(x_t, time), x_t)
 
     def velocity(self, x_t: Tensor, time: float) -> Tensor:
-        """dx_t/dt of the probability flow, as `heun` and `euler` ask for it."""
+        """The derivative of x_t along the probability flow, as `heun` and `euler` ask for it: in t on a continuous
+        process, in the angle atan2(sigma, alpha) on a discrete one, where it is v (Salimans & Ho 2022, app. D)."""
         return self._row(x_t, time).to_velocity(self.predict(x_t, time), x_t)
 
 

@@ -21,6 +21,7 @@ import torch
 
 if TYPE_CHECKING:
     from erdfast.process import Process
+    from erdfast.process.schedule import Schedule
 
 RHO = 7.0
 """Exponent of EDM's spacing (Karras et al. 2022, eq. 5 and table 1)."""
@@ -33,13 +34,16 @@ class Levels(NamedTuple):
     """The grid of one sampling run: N levels, then the clean end."""
 
     positions: tuple[float, ...]
-    """N + 1 values of the variable integrated over, descending: sigma/alpha then 0 (EDM), or t (uniform)."""
+    """N + 1 values of the variable integrated over, descending to 0; see VARIABLES."""
 
     times: tuple[float, ...]
     """N times of the process, one per level that the network may see: integer labels if discrete, else t."""
 
     scale: float
     """Amplitude of the noise at the first level: the initial state is `scale` times a standard normal."""
+
+    amplitudes: tuple[tuple[float, float], ...] = ()
+    """N + 1 pairs (alpha, sigma), the last (1, 0): what `ddim`, `dpmpp_2m` and the stochastic samplers step over."""
 
 
 def noise_table(process: Process) -> np.ndarray:
@@ -52,7 +56,7 @@ def noise_table(process: Process) -> np.ndarray:
 def _num_timesteps(process: Process) -> int:
     count = process.schedule.num_timesteps
     if count is None:
-        raise ValueError("a continuous process has no table of noise levels; use uniform_levels")
+        raise ValueError("a continuous process has no table of noise levels, only times; use make_levels")
     return count
 
 
@@ -85,8 +89,29 @@ def _vp(table: np.ndarray, steps: int) -> np.ndarray:
     return level(first + np.linspace(0.0, 1.0, steps) * (last - first), beta_d, log_max - 0.5 * beta_d)
 
 
-LEVEL_SETS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"edm": _edm, "iddpm": _iddpm, "vp": _vp}
-"""Rules for discrete processes: (table of levels, N) -> N descending levels, before rounding to the table."""
+def _uniform(table: np.ndarray, steps: int) -> np.ndarray:
+    """Equal steps of the label from the last to the first: DDIM's linear spacing (Song et al. 2021, app. D.2)."""
+    return table[np.rint(np.linspace(len(table) - 1.0, 0.0, steps)).astype(np.int64)]
+
+
+def _logsnr(table: np.ndarray, steps: int) -> np.ndarray:
+    """Equal steps of the log-SNR (DPM-Solver, Lu et al. 2022), between the ends of `edm`."""
+    return np.geomspace(min(LARGEST_LEVEL, table[-1]), max(0.002, table[0]), steps)
+
+
+LEVEL_SETS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "edm": _edm,
+    "iddpm": _iddpm,
+    "vp": _vp,
+    "uniform": _uniform,
+    "logsnr": _logsnr,
+}
+"""Rules: (table of levels by label, N) -> N descending levels, before rounding to the table of a discrete process."""
+
+VARIABLES = ("ratio", "time")
+"""What a sampler integrates over: sigma/alpha, its state being x_t/alpha; or, its state being x_t, the t of a
+continuous process, for a discrete one the angle atan2(sigma, alpha), which is known at every label without a
+derivative."""
 
 
 def table_levels(table: np.ndarray, steps: int, level_set: str = "edm") -> Levels:
@@ -115,25 +140,13 @@ def table_levels(table: np.ndarray, steps: int, level_set: str = "edm") -> Level
     return Levels((*sigmas, 0.0), tuple(int(label) for label in labels), sigmas[0])
 
 
-def uniform_levels(process: Process, steps: int) -> Levels:
-    """N equal steps in t from pure noise (t = 1) to clean data (t = 0).
+def _singular(process: Process) -> bool:
+    """Whether the velocity at t = 1 does not follow from the prediction.
 
-    A target that holds no x0 where alpha vanishes (`eps` or `score` on `flow` or `gvp`) leaves the velocity
-    at t = 1 undetermined, and close to it a network's error is multiplied by about sigma/alpha. Such a run
-    starts at sigma/alpha = LARGEST_LEVEL, as EDM's does.
-
-    Raises:
-        ValueError: fewer than one step.
+    A target that holds no x0 where alpha vanishes (`eps` or `score` on `flow` or `gvp`) leaves it undetermined,
+    and close to it a network's error is multiplied by about sigma/alpha.
     """
-    check_whole("steps", steps, 1)
-    schedule = process.schedule
-    start = 1.0
-    if _velocity_gain(process, start) > LARGEST_LEVEL:
-        logsnr = torch.tensor([-2.0 * math.log(LARGEST_LEVEL)], dtype=torch.float64)
-        start = float(schedule.t_from_logsnr(logsnr))
-    _, sigma = schedule.alpha_sigma(torch.tensor([start], dtype=torch.float64))
-    grid = tuple(float(t) for t in np.linspace(start, 0.0, steps + 1))
-    return Levels(grid, grid[:-1], float(sigma))
+    return _velocity_gain(process, 1.0) > LARGEST_LEVEL
 
 
 def _velocity_gain(process: Process, time: float) -> float:
@@ -157,14 +170,59 @@ def check_whole(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def make_levels(process: Process, steps: int, level_set: str | None = None) -> Levels:
-    """The levels of a process: `level_set` (None means `edm`) if discrete, equal steps in t if continuous.
+def make_levels(process: Process, steps: int, level_set: str | None = None, variable: str | None = None) -> Levels:
+    """The levels of a run under a process.
+
+    Runs that begin where alpha = 0 are those over `time` whose target is not singular there; all others begin at
+    sigma/alpha = LARGEST_LEVEL or below, as EDM's do.
+
+    Args:
+        process: discrete or continuous.
+        steps: N >= 1. With N = 1 the only level is the largest.
+        level_set: a name of LEVEL_SETS; None means `edm` for a discrete process and over `ratio`, else `uniform`:
+            on a continuous process equal steps in t. `iddpm` counts labels, which a continuous process has not.
+        variable: a name of VARIABLES; None means `ratio` for a discrete process, else `time`.
 
     Raises:
-        ValueError: a level set that the process does not have, or fewer than one step.
+        ValueError: an unknown name, a level set that the process does not have, or fewer than one step.
     """
-    if process.schedule.discrete:
-        return table_levels(noise_table(process), steps, level_set or "edm")
-    if level_set not in (None, "uniform"):
-        raise ValueError(f"level set {level_set!r} is for a discrete process; a continuous one takes 'uniform'")
-    return uniform_levels(process, steps)
+    discrete = process.schedule.discrete
+    variable = variable or ("ratio" if discrete else "time")
+    if variable not in VARIABLES:
+        raise ValueError(f"variable {variable!r} is not one of {list(VARIABLES)}")
+    level_set = level_set or ("edm" if discrete or variable == "ratio" else "uniform")
+    check_whole("steps", steps, 1)
+    if discrete:
+        times = table_levels(noise_table(process), steps, level_set).times
+    else:
+        times = _continuous_times(process, steps, level_set, bounded=variable == "ratio")
+    t = torch.tensor(times, dtype=torch.int64 if discrete else torch.float64, device=_device_of(process))
+    alpha, sigma = (values.cpu().numpy() for values in process.schedule.alpha_sigma(t))
+    amplitudes = (*zip(alpha.tolist(), sigma.tolist(), strict=True), (1.0, 0.0))
+    if variable == "ratio":
+        return Levels((*(sigma / alpha).tolist(), 0.0), times, float(sigma[0] / alpha[0]), amplitudes)
+    positions = np.arctan2(sigma / process.noise_scale, alpha).tolist() if discrete else times
+    return Levels((*positions, 0.0), times, float(sigma[0]), amplitudes)
+
+
+def _continuous_times(process: Process, steps: int, level_set: str, *, bounded: bool) -> tuple[float, ...]:
+    """N descending times in (0, 1]; `bounded` keeps them where sigma/alpha is at most LARGEST_LEVEL."""
+    schedule = process.schedule
+    if level_set == "uniform":
+        start = _time_of_level(schedule, LARGEST_LEVEL) if bounded or _singular(process) else 1.0
+        return tuple(np.linspace(start, 0.0, steps + 1)[:-1].tolist())
+    if level_set == "iddpm" or level_set not in LEVEL_SETS:
+        names = sorted(LEVEL_SETS.keys() - {"iddpm"})
+        raise ValueError(
+            f"level set {level_set!r} is not one of {names} for a continuous process"
+            + ("; it counts the labels of a discrete one" if level_set == "iddpm" else "")
+        )
+    ends = schedule.clamp(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    alpha, sigma = schedule.alpha_sigma(ends)
+    levels = LEVEL_SETS[level_set]((sigma / alpha).numpy(), steps)
+    return tuple(_time_of_level(schedule, float(level)) for level in levels)
+
+
+def _time_of_level(schedule: Schedule, level: float) -> float:
+    """t where sigma/alpha is `level`, or the nearest end of a continuous schedule."""
+    return float(schedule.t_from_logsnr(torch.tensor([-2.0 * math.log(level)], dtype=torch.float64)))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from erdfast.philox import normal, scalar
-from erdfast.sampling.guidance import FULL_INTERVAL, Guided, check_guidance
+from erdfast.sampling.graphs import GraphedModel, check_graph
+from erdfast.sampling.guidance import FULL_INTERVAL, Guided, Model, check_guidance
 from erdfast.sampling.levels import check_whole, make_levels
 from erdfast.sampling.output import default_labels
-from erdfast.sampling.samplers import SAMPLERS, STATE_DTYPES
+from erdfast.sampling.samplers import ASKS, SAMPLERS, STATE_DTYPES, Noise
 
 if TYPE_CHECKING:
     from erdfast.process import Process
 
 SAMPLER_KINDS: dict[str, tuple[str, ...]] = {
-    "discrete": ("edm_heun", "edm_euler"),
-    "continuous": ("heun", "euler"),
+    "discrete": ("edm_heun", "edm_euler", "heun", "euler", "ddim", "dpmpp_2m", "sde_euler", "sde_heun"),
+    "continuous": ("heun", "euler", "edm_heun", "edm_euler", "ddim", "dpmpp_2m", "sde_euler", "sde_heun"),
 }
 """Samplers that suit each kind of process; the first of each is its default."""
 
@@ -36,9 +38,18 @@ def initial_latents(seed: int, ids: Tensor, shape: tuple[int, int, int]) -> Tens
     Returns:
         (B, C, H, W) float64.
     """
-    channels, height, width = shape
-    flat = normal(scalar("seed", seed, 64, ids.device), 0, ids, channels * height * width, domain="latent")
-    return flat.reshape(len(ids), channels, height, width)
+    return _image_noise(seed, 0, ids, shape)
+
+
+def step_noise(seed: int, ids: Tensor, shape: tuple[int, int, int]) -> Noise:
+    """Fresh noise for a stochastic sampler, a function of (seed, image id, step) alone; arguments as for
+    `initial_latents`, whose stream of the generator is 0: step i has stream i + 1."""
+    return lambda i: _image_noise(seed, i + 1, ids, shape)
+
+
+def _image_noise(seed: int, stream: int, ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    flat = normal(scalar("seed", seed, 64, ids.device), stream, ids, math.prod(shape), domain="latent")
+    return flat.reshape(len(ids), *shape)
 
 
 @contextlib.contextmanager
@@ -58,7 +69,7 @@ def resolve_sampler(process: Process, sampler: str | None) -> str:
     """The name of the sampler, by default the best of the process's kind.
 
     Raises:
-        ValueError: a name that does not exist or does not suit the process.
+        ValueError: a name that does not exist.
     """
     kind = "discrete" if process.schedule.discrete else "continuous"
     name = SAMPLER_KINDS[kind][0] if sampler is None else sampler
@@ -98,6 +109,83 @@ def _resolve_labels(
     return y
 
 
+class Batch(NamedTuple):
+    """Images of one batch."""
+
+    start: int
+    """Of how many others the run has before them."""
+    images: Tensor
+    """(B, C, H, W) float32 on the device, in the units of the training data, not clipped."""
+
+
+def sample_batches(
+    model: nn.Module,
+    process: Process,
+    *,
+    num: int,
+    labels: Tensor | Sequence[int] | None = None,
+    classes: Sequence[int] | None = None,
+    cfg_scale: float = 1.0,
+    steps: int = 50,
+    sampler: str | None = None,
+    level_set: str | None = None,
+    interval: tuple[float, float] = FULL_INTERVAL,
+    seed: int = 0,
+    first_id: int = 0,
+    batch_size: int = 256,
+    state_dtype: torch.dtype = torch.float32,
+    autocast_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
+) -> Iterator[Batch]:
+    """`sample`, batch after batch: memory does not grow with `num`.
+
+    Arguments and errors are those of `sample`; errors come at the first batch.
+    """
+    name = resolve_sampler(process, sampler)
+    for what, count in (("num", num), ("batch_size", batch_size), ("steps", steps)):
+        check_whole(what, count, 1)
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype {state_dtype} is not one of {STATE_DTYPES}")
+    check_guidance(cfg_scale, interval)
+    num_classes = cast("int", model.num_classes)
+    y = _resolve_labels(num, first_id, num_classes, labels, classes)
+    null_class = getattr(model, "null_class", num_classes if num_classes > 0 else None)
+    where = _device_of(model) if device is None else torch.device(device)
+    if cuda_graph:
+        check_graph(where)
+    shape = cast("tuple[int, int, int]", model.input_shape)
+    size, static = min(batch_size, num), compile or cuda_graph
+    call: Model = torch.compile(model, dynamic=False) if compile else model
+    if cuda_graph:
+        call = GraphedModel(call)
+    levels = make_levels(process, steps, level_set, "ratio" if ASKS[name] == "denoise" else "time")
+    first = None if y is None else y[:1].to(where)
+    guided = Guided(call, process, first, cfg_scale, interval, null_class, autocast_dtype)
+    guided.prepare(levels.times, where)
+    for start in range(0, num, size):
+        stop = min(start + size, num)
+        # Compiled code and graphs are of one shape: a last batch that is smaller is filled up, and cut afterwards.
+        count = size if static else stop - start
+        ids = torch.arange(first_id + start, first_id + start + count, device=where)
+        batch = guided.with_labels(None if y is None else _filled(y[start:stop], count).to(where))
+        with evaluation_mode(model):  # left before others go on with the images
+            x = SAMPLERS[name](
+                getattr(batch, ASKS[name]),
+                initial_latents(seed, ids, shape),
+                levels,
+                noise=step_noise(seed, ids, shape),
+                state_dtype=state_dtype,
+            )
+        yield Batch(start, x[: stop - start].to(torch.float32, copy=True))
+
+
+def _filled(y: Tensor, count: int) -> Tensor:
+    """(count,) labels: those given, then the first of them as often as is needed."""
+    return torch.cat([y, y[:1].expand(count - len(y))])
+
+
 def sample(
     model: nn.Module,
     process: Process,
@@ -116,12 +204,15 @@ def sample(
     state_dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draws images from a model: deterministic given the seed, image by image.
 
-    Image i starts from noise that depends on (seed, first_id + i) alone. It is the same, up to the rounding
-    of the network, whatever the batch size and however the images are divided over processes.
+    Image i depends on (seed, first_id + i) alone: its starting noise does, and so does the noise of each step of a
+    stochastic sampler. It is the same, up to the rounding of the network, whatever the batch size and however the
+    images are divided over processes.
 
     Args:
         model: with attributes `input_shape` (C, H, W) and `num_classes`; a model whose class 0..num_classes-1
@@ -131,15 +222,18 @@ def sample(
         labels: (num,) in 0..num_classes (num_classes being the null class), or None.
         classes: instead of labels, the classes to take in turn; with neither, all classes in turn.
         cfg_scale, interval: see `Guided`.
-        steps: N >= 1; Heun's samplers call the network 2N - 1 times.
-        sampler: a name of SAMPLERS that suits the process (SAMPLER_KINDS); None: `edm_heun` or `heun`.
-        level_set: a name of LEVEL_SETS for a discrete process; None: `edm`.
-        seed: of the starting noise, in 0..2^64-1.
+        steps: N >= 1; samplers of two stages (TWO_STAGE) call the network 2N - 1 times, the others N times.
+        sampler: a name of SAMPLERS; None: `edm_heun` for a discrete process, `heun` for a continuous one.
+        level_set: a name of LEVEL_SETS; see `make_levels` for the default.
+        seed: of all noise, in 0..2^64-1.
         first_id: number of the first image, for runs that draw a part of the whole; classes in turn count from 0.
         batch_size: images at a time, at least 1; under guidance the network sees twice as many.
         state_dtype: float32 or float64, of the sampler's state; the network always receives float32.
         autocast_dtype: bfloat16 or float16 for the network's own arithmetic, or None.
         device: where to run; None: where the model's parameters are. The model must be there already.
+        compile: call the network by torch.compile, which takes its time at the first call of each kind (with the
+            unconditional half and without) and is faster from then on.
+        cuda_graph: launch each call of the network as one CUDA graph: for networks whose kernels are short. A GPU only.
         progress: called with (images done, num) after each batch.
 
     Returns:
@@ -148,38 +242,34 @@ def sample(
     Raises:
         ValueError: any argument outside the ranges above.
     """
-    name = resolve_sampler(process, sampler)
-    for what, count in (("num", num), ("batch_size", batch_size), ("steps", steps)):
-        check_whole(what, count, 1)
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(f"state_dtype {state_dtype} is not one of {STATE_DTYPES}")
-    check_guidance(cfg_scale, interval)
-    num_classes = cast("int", model.num_classes)
-    y = _resolve_labels(num, first_id, num_classes, labels, classes)
-    null_class = getattr(model, "null_class", num_classes if num_classes > 0 else None)
-    where = _device_of(model) if device is None else torch.device(device)
-    shape = cast("tuple[int, int, int]", model.input_shape)
-    images = torch.empty(num, *shape, dtype=torch.float32)
-    with evaluation_mode(model):
-        levels = make_levels(process, steps, level_set)
-        for start in range(0, num, batch_size):
-            part = slice(start, min(start + batch_size, num))
-            guided = Guided(
-                model,
-                process,
-                None if y is None else y[part].to(where),
-                cfg_scale,
-                interval,
-                null_class,
-                autocast_dtype,
-            )
-            guided.prepare(levels.times, where)
-            ids = torch.arange(first_id + part.start, first_id + part.stop, device=where)
-            network = guided.denoise if process.schedule.discrete else guided.velocity
-            latents = initial_latents(seed, ids, shape)
-            images[part] = SAMPLERS[name](network, latents, levels, state_dtype=state_dtype).float().cpu()
-            if progress is not None:
-                progress(part.stop, num)
+    images: Tensor | None = None
+    batches = sample_batches(
+        model,
+        process,
+        num=num,
+        labels=labels,
+        classes=classes,
+        cfg_scale=cfg_scale,
+        steps=steps,
+        sampler=sampler,
+        level_set=level_set,
+        interval=interval,
+        seed=seed,
+        first_id=first_id,
+        batch_size=batch_size,
+        state_dtype=state_dtype,
+        autocast_dtype=autocast_dtype,
+        device=device,
+        compile=compile,
+        cuda_graph=cuda_graph,
+    )
+    for start, part in batches:
+        if images is None:
+            images = torch.empty(num, *part.shape[1:], dtype=torch.float32)
+        images[start : start + len(part)] = part.cpu()
+        if progress is not None:
+            progress(start + len(part), num)
+    assert images is not None
     return images
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from .checkpoint_files import (
     MODEL,
     STATE,
     finish,
+    incomplete,
+    named_checkpoints,
     read_numbers,
     remove_old,
     remove_partial,
@@ -180,13 +182,50 @@ class CheckpointWriter:
         return result
 
 
-def load_into(path: Path, state: Mapping[str, Tensor], world: World) -> dict[str, Any]:
+def choose_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run whose files have their sizes and checksums, as the first process sees it.
+
+    Args:
+        run: the run directory.
+        world: the processes that all call this.
+        say: told of every newer one that is left out, and why.
+
+    Returns:
+        None where the run was interrupted before its first one.
+
+    Raises:
+        ValueError: there are only damaged ones.
+    """
+
+    def choose() -> str:
+        reasons = []
+        for path in reversed(named_checkpoints(run / "checkpoints")):
+            reason = incomplete(path)
+            try:
+                if reason is None:
+                    verify(path)
+                    return str(path)
+            except (OSError, ValueError) as error:
+                reason = str(error)
+            reasons.append(f"checkpoint {path} is left out: {reason}")
+            say(reasons[-1])
+        if reasons or (run / MODEL).exists():
+            raise ValueError("; ".join([f"{run} holds no complete checkpoint", *reasons]))
+        say(f"{run} was interrupted before its first checkpoint: starting from step 0")
+        return ""
+
+    chosen = world.first(choose)
+    return Path(chosen) if chosen else None
+
+
+def load_into(path: Path, state: Mapping[str, Tensor], world: World, *, verified: bool = False) -> dict[str, Any]:
     """Fill tensors, or shards of DTensors, in place from a checkpoint of any number of processes.
 
     Args:
         path: the checkpoint's folder.
         state: as it was given to `save`; names that begin with "published/" are not looked for.
         world: the processes that all call this.
+        verified: its checksums have just been compared.
 
     Returns:
         The content of state.json.
@@ -197,7 +236,8 @@ def load_into(path: Path, state: Mapping[str, Tensor], world: World) -> dict[str
     wanted = {name: tensor for name, tensor in _with_dimensions(state).items() if not name.startswith("published/")}
     try:
         numbers = read_numbers(path)
-        world.first(lambda: verify(path))
+        if not verified:
+            world.first(lambda: verify(path))
         folder = path if numbers["format"] == 1 else path / STATE
         if numbers["format"] == 1:
             _load_format_1(path, wanted)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,8 +29,10 @@ from torch import Tensor
 from erdfast.tensor_files import checksum, sync
 
 FORMAT = 2
+KNOWN_FORMATS = (1, FORMAT)
 STATE, MODEL, NUMBERS = "state", "model.safetensors", "state.json"
-FORMAT_1_FILES = (MODEL, "state.safetensors", NUMBERS)
+FORMAT_1_STATE = "state.safetensors"
+FORMAT_1_FILES = (MODEL, FORMAT_1_STATE, NUMBERS)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -75,7 +79,11 @@ def newest_checkpoint(run: Path) -> Path:
 
 def named_checkpoints(folder: Path) -> list[Path]:
     """Folders called like a checkpoint, oldest first."""
-    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdigit()), key=lambda path: int(path.name))
+    return sorted((path for path in folder.glob("[0-9]*") if _is_number(path.name)), key=lambda path: int(path.name))
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("[0-9]+", name) is not None  # str.isdigit takes "3²" for one
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -84,7 +92,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def incomplete(path: Path) -> str | None:
-    """What a checkpoint lacks, by the sizes of its files; None if nothing."""
+    """What a checkpoint lacks or has too much, by the names and sizes of its files; None if nothing."""
     try:
         numbers = read_numbers(path)
     except ValueError as error:
@@ -92,22 +100,34 @@ def incomplete(path: Path) -> str | None:
     if numbers["format"] == 1:
         missing = [name for name in FORMAT_1_FILES if not (path / name).is_file()]
         return f"{missing[0]} is missing" if missing else None
-    for name, entry in numbers["files"].items():
-        file = path / name
-        if not file.is_file():
+    found = {str(file.relative_to(path)): file.stat().st_size for file in _read_files(path)}
+    listed = numbers["files"]
+    for name in sorted({*found, *listed, MODEL}):
+        if name not in found:
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+        if name not in listed:
+            return f"{name} is not listed in {NUMBERS}"
+        if found[name] != listed[name]["bytes"]:
+            return f"{name} has {found[name]:,} bytes instead of {listed[name]['bytes']:,}"
     return None
+
+
+def _read_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that are read as tensors; others that lie there do no harm."""
+    files = [path / MODEL, path / FORMAT_1_STATE, *(path / STATE).glob("*.safetensors")]
+    return [file for file in files if file.is_file()]
 
 
 def verify(path: Path) -> None:
     """Read all files of a checkpoint of format 2 and compare their checksums.
 
     Raises:
-        ValueError: one differs; names it.
+        ValueError: one differs, or is read although it has none; names it.
     """
-    for name, entry in read_numbers(path).get("files", {}).items():
+    files = read_numbers(path)["files"]
+    if files and (extra := [file for file in _read_files(path) if str(file.relative_to(path)) not in files]):
+        raise ValueError(f"checkpoint {path} is damaged: {extra[0].relative_to(path)} is not listed in {NUMBERS}")
+    for name, entry in files.items():
         if checksum(path / name) != entry["crc32"]:
             raise ValueError(
                 f"checkpoint {path} is damaged: {name} does not have the checksum that it was written with"
@@ -118,21 +138,60 @@ def verify(path: Path) -> None:
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
-    """state.json.
+    """state.json: "format", "step" and "files" (empty in format 1), and what else was written into it.
 
     Raises:
         ValueError: it is missing, damaged, of another format, or of another step than the folder's name says.
     """
     file = path / NUMBERS
-    try:
-        numbers = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(numbers, dict) or numbers.get("format") not in (1, FORMAT):
-        raise ValueError(f"{file} is of no format that is known here (1, {FORMAT})")
-    if numbers.get("step") != int(path.name) or not isinstance(numbers.get("files", {}), dict):
-        raise ValueError(f"{file} says that it is of step {numbers.get('step')!r}")
+    numbers = _read_json(file)
+    version = numbers.get("format") if isinstance(numbers, dict) else None
+    if not isinstance(numbers, dict) or not _is_count(version) or version not in KNOWN_FORMATS:
+        raise ValueError(f"{file} is of no format that is known here ({', '.join(map(str, KNOWN_FORMATS))})")
+    step = numbers.get("step")
+    if not _is_count(step) or not _is_number(path.name) or step != int(path.name):
+        raise ValueError(f"{file} says that it is of step {step!r}")
+    if version == 1:
+        return numbers | {"files": {}}
+    if (wrong := _wrong_files(numbers.get("files")) or _wrong_counters(numbers)) is not None:
+        raise ValueError(f"{file} is damaged: {wrong}")
     return numbers
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _wrong_files(files: Any) -> str | None:
+    """What is wrong with the sizes and checksums of format 2; None if nothing."""
+    if not isinstance(files, dict) or not files:
+        return f'"files" is {_short(files)}; it must say bytes and crc32 of every file'
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not all(_is_count(entry.get(key)) for key in ("bytes", "crc32")):
+            return f"{name} has {_short(entry)} for bytes and crc32; both must be whole numbers, at least 0"
+    return None
+
+
+def _wrong_counters(numbers: Mapping[str, Any]) -> str | None:
+    """What is wrong with the loss scale or the count of updates that were left out."""
+    for name in ("scaler", "health"):
+        if not isinstance(numbers.get(name, {}), dict):
+            return f'"{name}" is {_short(numbers[name])}; it must be an object'
+    skipped = numbers.get("health", {}).get("skipped", [0, 0])
+    if not isinstance(skipped, list) or len(skipped) != 2 or not all(_is_count(value) for value in skipped):
+        return f'"skipped" is {_short(skipped)}; it must be two whole numbers, at least 0'
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _short(value: Any) -> str:
+    return "missing" if value is None else reprlib.repr(value)
 
 
 def read_model(path: Path) -> dict[str, Tensor]:
@@ -165,7 +224,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def state_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint's state, in the order of their names."""
-    old = path / "state.safetensors"
+    old = path / FORMAT_1_STATE
     return [old] if old.exists() else sorted((path / STATE).glob("*.safetensors"))
 
 
@@ -191,12 +250,31 @@ def write_numbers(folder: Path, step: int, numbers: Mapping[str, Any], sums: Map
 
 
 def finish(temporary: Path, target: Path) -> None:
-    """Give a folder that is complete its name."""
+    """Give a folder that is complete its name.
+
+    Raises:
+        OSError: a checkpoint that a newer version wrote is in the way, or the disk is full.
+    """
     sync(temporary)
     if target.exists():  # damaged: a complete one would have been resumed from
+        _refuse_unknown_format(target)
         shutil.rmtree(target)
     temporary.rename(target)
     sync(target.parent)
+
+
+def _refuse_unknown_format(path: Path) -> None:
+    """What cannot be read here may be all that another version needs."""
+    try:
+        numbers = _read_json(path / NUMBERS)
+    except ValueError:
+        return
+    version = numbers.get("format") if isinstance(numbers, dict) else None
+    if version is not None and not (_is_count(version) and version in KNOWN_FORMATS):
+        raise FileExistsError(
+            f"{path / NUMBERS} is of format {_short(version)}, which is not known here "
+            f"({', '.join(map(str, KNOWN_FORMATS))}): move {path} elsewhere, or use the version that wrote it"
+        )
 
 
 def remove_old(folder: Path, *, keep_last: int, keep_every: int) -> None:

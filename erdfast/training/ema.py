@@ -20,6 +20,13 @@ from erdfast.config import EmaConfig
 from .power import gamma_of_std
 
 
+def average_names(config: EmaConfig) -> list[str]:
+    """Under which averages are saved: short where that tells them apart, such as "0.9999" or "std0.050"."""
+    values, prefix = (config.ema_std, "std") if config.ema_std else (config.ema_decay, "")
+    short = [f"{prefix}{value:{'.3f' if prefix else 'g'}}" for value in values]
+    return short if len({*short}) == len(short) else [f"{prefix}{value!r}" for value in values]
+
+
 class Ema:
     """Float32 averages beside the parameters, sharded alike. The optimiser moves them in its own pass over memory.
 
@@ -31,10 +38,7 @@ class Ema:
     def __init__(self, parameters: Mapping[str, Tensor], config: EmaConfig) -> None:
         self.config, self._parameter_names = config, list(parameters)
         self._gammas = [gamma_of_std(std) for std in config.ema_std]
-        if config.ema_std:
-            self.names = [f"std{std:.3f}" for std in config.ema_std]
-        else:
-            self.names = [f"{decay:g}" for decay in config.ema_decay]
+        self.names = average_names(config)
         self.averages: list[list[Tensor]] = [
             [parameter.detach().clone() for parameter in parameters.values()] for _ in self.names
         ]

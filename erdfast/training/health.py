@@ -87,7 +87,9 @@ class Health:
         self._largest.zero_()
         if in_a_row >= MOST_SKIPPED:
             raise NonFiniteError(f"{in_a_row} gradients in a row were not finite; {newest_checkpoint()}. {ADVICE}")
-        return Losses(total / max(count, 1), largest, skipped)
+        if not count:
+            return Losses(math.nan, math.nan, skipped)
+        return Losses(total / count, largest, skipped)
 
     def state_dict(self) -> dict[str, list[int]]:
         """What a run that continues goes on counting from; waits for the device."""
@@ -99,6 +101,8 @@ class Health:
 
     def spike(self, losses: Losses) -> str | None:
         """A line about a loss far above the usual one, if there was one; learns what is usual."""
+        if not math.isfinite(losses.mean):
+            return None
         usual = self._usual
         self._usual = losses.mean if usual is None else 0.9 * usual + 0.1 * losses.mean
         if usual is not None and losses.largest > SPIKE * usual:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -10,16 +12,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO_S = {signal.SIGTERM: 10.0, signal.SIGINT: 1.0}
+"""Seconds after the first signal in which another is the same wish again: a scheduler tells every process of a job to
+end, and torchrun tells its own once more; a terminal's Ctrl-C reaches all of them too."""
+SIGNALS = tuple(ECHO_S)
 
 
 class Interrupt:
-    """While active, the first SIGTERM or SIGINT only sets `received`; a second one acts as it would have."""
+    """While active, the first SIGTERM or SIGINT only sets `received`; one well after it acts as it would have."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         """The name of the signal, once there was one."""
         self._previous: dict[int, object] = {}
+        self._first_s = 0.0
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
@@ -27,8 +33,11 @@ class Interrupt:
         return self
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        if self.received is None:
+            self.received, self._first_s = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._first_s > ECHO_S[signal.Signals(number)]:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

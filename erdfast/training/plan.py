@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -42,11 +43,25 @@ def resolve_compile(asked: str, mode: str, device: torch.device) -> str:
 
 
 def warm_cache(run: Path) -> None:
-    """Let what the compiler makes live with the run, so that a restart finds it; a user's own choice stands."""
+    """Keep what the compiler makes for this run, so that a restart finds it; a user's own choice stands.
+
+    In the user's cache and not in the run directory: it is code that is executed, and run directories are passed on.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds, and only compiling needs it
 
     # torch._dynamo puts its default there when it is imported, which is nobody's choice.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == os.path.abspath(default_cache_dir()):
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((run / "cache" / "inductor").resolve()))
-    os.environ.setdefault("TRITON_CACHE_DIR", str((run / "cache" / "triton").resolve()))
+    folder = compiled_folder(run)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: PyTorch's own folder, which the next start may not find
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def compiled_folder(run: Path) -> Path:
+    """Where the code that is compiled for a run is kept: by the run's path, in XDG_CACHE_HOME or ~/.cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "erdfast" / "compiled" / hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]

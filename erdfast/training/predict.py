@@ -242,7 +242,9 @@ def _accumulations(config: TrainConfig) -> list[int]:
     if config.cuda_graph and config.gpus > 1:
         return [config.accumulation]
     images = config.batch_size // (config.gpus * config.accumulation)
-    return [config.accumulation * factor for factor in range(1, images + 1) if images % factor == 0]
+    small = [factor for factor in range(1, math.isqrt(images) + 1) if images % factor == 0]
+    factors = sorted({*small, *(images // factor for factor in small)})
+    return [config.accumulation * factor for factor in factors]
 
 
 def _recomputes(config: TrainConfig) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Snapshots of power-function averages, RUN/ema/<step>-<average>.safetensors, and averages made of them afterwards.
 
 A snapshot holds the trained parameters by the names they have in a `DiffusionStep`, float32, and its step and relative
-width as metadata. Karras et al. 2024 (EDM2), sec. 3.2: an average of any width is a combination of snapshots.
+width as metadata, with a checksum. Karras et al. 2024 (EDM2), sec. 3.2: an average of any width is a combination of snapshots.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from erdfast.tensor_files import replace_tensors
+from erdfast.tensor_files import replace_tensors, tensors_checksum
 
-from .power import coefficients, mismatch
+from .power import LARGEST_STD, LEAST_STD, coefficients, mismatch
 
 FOLDER = "ema"
+STEP, STD, CRC = "step", "std", "crc32"
+"""Notes in the header of a snapshot; the first two also in that of an average made of snapshots."""
 
 
 @dataclass(frozen=True, order=True)
@@ -39,20 +41,22 @@ def snapshot_path(run: Path, step: int, name: str) -> Path:
 
 
 def write_snapshot(path: Path, tensors: Mapping[str, Tensor], step: int, std: float) -> None:
-    """Write one average; complete or absent.
+    """Write one average; complete or absent. What a process that was killed has left beside it is removed.
 
     Raises:
         OSError: it cannot be written; nothing remains.
     """
+    for left in path.parent.glob(".*.safetensors.*.partial"):
+        left.unlink(missing_ok=True)
     on_cpu = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-    replace_tensors(path, on_cpu, {"step": str(step), "std": repr(std)})
+    replace_tensors(path, on_cpu, {STEP: str(step), STD: repr(std), CRC: str(tensors_checksum(on_cpu))})
 
 
 def list_snapshots(run: Path) -> list[Snapshot]:
     """All snapshots of a run in order of step and width.
 
     Raises:
-        ValueError: a file is damaged or none of ours; names it.
+        ValueError: a file is damaged or none of ours, or its step or width cannot be; names it.
     """
     return sorted(_describe(path) for path in sorted((run / FOLDER).glob("*.safetensors")))
 
@@ -61,9 +65,16 @@ def _describe(path: Path) -> Snapshot:
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-        return Snapshot(int(about["step"]), float(about["std"]), path)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        step, std = int(about[STEP]), float(about[STD])
+        if not 1 <= step < 2**32:
+            raise ValueError(f"its step is {step}; it must be at least 1 and below 2^32")
+        if not LEAST_STD <= std <= LARGEST_STD:
+            raise ValueError(f"its width is {std}; it must be in [{LEAST_STD}, {LARGEST_STD}]")
+    except KeyError as error:
+        raise ValueError(f"{path} is no snapshot of an average: its header has no {error}; delete or move it") from error
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no snapshot of an average: {error}; delete or move it") from error
+    return Snapshot(step, std, path)
 
 
 @dataclass(frozen=True)
@@ -98,16 +109,25 @@ def reconstruct(combination: Combination) -> dict[str, Tensor]:
     """
     total: dict[str, Tensor] = {}
     for snapshot, weight in zip(combination.snapshots, combination.weights.tolist(), strict=True):
-        try:
-            with safe_open(snapshot.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{snapshot.path} is damaged: {error}") from error
+        tensors = _read(snapshot.path)
         if total and _shapes(tensors) != _shapes(total):
             raise ValueError(f"{snapshot.path} holds other parameters than {combination.snapshots[0].path}")
         for name, tensor in tensors.items():
             total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor.mul_(weight)
     return {name: tensor.to(torch.float32) for name, tensor in total.items()}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Float64."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            wanted = (file.metadata() or {}).get(CRC)  # older snapshots have none
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if wanted is not None and wanted != str(tensors_checksum(tensors)):
+        raise ValueError(f"{path} is damaged: it does not have the checksum that it was written with")
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -21,8 +21,8 @@ from erdfast.models import Backbone
 from erdfast.models.flops import training_flops
 from erdfast.process import Process
 
-from .checkpoint import CheckpointWriter, load_into
-from .checkpoint_files import checkpoint_path, complete_step, find_newest, newest_checkpoint, publish
+from .checkpoint import CheckpointWriter, choose_checkpoint, load_into
+from .checkpoint_files import checkpoint_path, complete_step, publish
 from .ema import Ema
 from .fp8 import apply_fp8, describe_difference, loss_difference
 from .graph import GraphedMicroBatch, MicroBatch, check_graph
@@ -198,12 +198,12 @@ class Trainer:
             bar.set_postfix_str(self.speed.describe(record), refresh=False)
         elif self.device.type == "cpu" and self.world.size == 1:
             self.health.check(self._newest)
+        if config.ema.ema_std and self._snapshot_is_due():
+            self._snapshot()  # before the checkpoint, after which a run that is killed would not come back here
         if self.step < config.steps:
             self._maybe_preview()
             if self.step % config.checkpoint_every == 0:
                 self._save_or_warn()
-        if config.ema.ema_std and self._snapshot_is_due():
-            self._snapshot()
 
     def _train_step(self) -> Tensor | None:
         """One optimiser step; returns the gradient norm before clipping where it was computed."""
@@ -402,15 +402,11 @@ class Trainer:
         Raises:
             ValueError: there is none, or it belongs to another network.
         """
-        path, skipped = find_newest(self.run)
-        for line in skipped:
-            self.say(line)
+        path = choose_checkpoint(self.run, self.world, self.say)
         if path is None:
-            if skipped or (self.run / "model.safetensors").exists():
-                newest_checkpoint(self.run)  # says why there is none
-            self.say(f"{self.run} was interrupted before its first checkpoint: starting from step 0")
             return
-        numbers = load_into(path, state_tensors(self.diffusion, self.optimizer, self.ema), self.world)
+        state = state_tensors(self.diffusion, self.optimizer, self.ema)
+        numbers = load_into(path, state, self.world, verified=True)
         if self.scaler.is_enabled():
             if not numbers.get("scaler"):
                 raise ValueError(f"checkpoint {path} holds no loss scale, which fp16 needs")

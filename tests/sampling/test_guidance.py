@@ -8,11 +8,12 @@ from erdfast.process import Process
 from erdfast.sampling.guidance import Guided
 from erdfast.sampling.levels import make_levels
 from erdfast.sampling.sample import sample
-from erdfast.sampling.samplers import SAMPLERS
+from erdfast.sampling.samplers import ASKS, SAMPLERS, TWO_STAGE
 from tests.sampling.gaussian import GaussianNetwork
 
 SHAPE = (2, 3, 3)
 KINDS = [("cosine", "eps", "edm_heun"), ("flow", "u", "heun")]
+ALL_KINDS = [(schedule, name) for schedule in ("cosine", "flow") for name in sorted(SAMPLERS)]
 
 
 def setup(schedule: str, target: str, batch: int = 4) -> tuple[Process, GaussianNetwork, Tensor]:
@@ -47,6 +48,60 @@ def test_interval_at_each_evaluation(schedule: str, target: str, sampler: str, i
     assert not all(inside)
     # The two evaluations at one level (corrector of a step, start of the next) agree.
     assert inside[1:][0::2] == inside[1:][1::2]
+
+
+@pytest.mark.parametrize(("schedule", "sampler"), ALL_KINDS)
+@pytest.mark.parametrize("steps", [1, 7, 18])
+def test_images_that_the_network_sees(schedule: str, sampler: str, steps: int) -> None:
+    """As many as theory says: one per image and call, two where the call's own time is in the interval."""
+    process, network, _ = setup(schedule, "v")
+    interval = (0.0, 0.8)
+    sample(network, process, num=4, steps=steps, sampler=sampler, cfg_scale=2.1, interval=interval)
+    levels = make_levels(process, steps, variable="ratio" if ASKS[sampler] == "denoise" else "time")
+    largest = 999.0 if process.schedule.discrete else 1.0
+    places = [time / largest for time in levels.times]
+    first, rest = (1 + (place <= 0.8) for place in places[:1]), [1 + (place <= 0.8) for place in places[1:]]
+    theory = sum(first) + (2 if sampler in TWO_STAGE else 1) * sum(rest)
+    assert sum(size for size, _, _ in network.calls) == 4 * theory
+    assert len(network.calls) == (2 * steps - 1 if sampler in TWO_STAGE else steps)
+
+
+def test_second_stage_is_guided_by_its_own_time() -> None:
+    """One step that ends where guidance begins: the first stage is outside the interval, the second inside."""
+    process, network, _ = setup("flow", "u", 1)
+    sample(network, process, num=1, steps=2, cfg_scale=2.1, interval=(0.0, 0.5))
+    assert [(size, time) for size, time, _ in network.calls] == [(1, 1.0), (2, 0.5), (2, 0.5)]
+    network.calls.clear()
+    sample(network, process, num=1, steps=2, cfg_scale=2.1, interval=(0.6, 1.0))
+    assert [(size, time) for size, time, _ in network.calls] == [(2, 1.0), (1, 0.5), (1, 0.5)]
+
+
+@pytest.mark.parametrize(("schedule", "target"), [("cosine", "x0"), ("flow", "u"), ("gvp", "k")])
+def test_all_questions_have_the_same_answer(schedule: str, target: str) -> None:
+    """`denoise`, `clean` and `velocity` are one prediction in other words."""
+    process, network, y = setup(schedule, target)
+    guided = Guided(network, process, y, 1.5, null_class=3)
+    time = 600 if process.schedule.discrete else 0.6
+    t = torch.tensor([time], dtype=torch.int64 if process.schedule.discrete else torch.float64)
+    x_t = torch.randn(4, *SHAPE, dtype=torch.float64)
+    alpha, sigma = process.schedule.alpha_sigma(t)
+    with torch.no_grad():
+        clean = guided.clean(x_t, time)
+        torch.testing.assert_close(guided.denoise(x_t / alpha, time), clean, rtol=1e-5, atol=1e-5)
+        noise = (x_t - alpha * clean) / sigma
+        d_alpha, d_sigma = (-sigma, alpha) if process.schedule.discrete else process.schedule.d_alpha_sigma(t)
+        torch.testing.assert_close(guided.velocity(x_t, time), d_alpha * clean + d_sigma * noise, rtol=1e-5, atol=1e-5)
+
+
+def test_with_labels_keeps_what_is_prepared() -> None:
+    process, network, y = setup("cosine", "eps")
+    guided = Guided(network, process, y, 2.0, null_class=3)
+    guided.prepare((500,), torch.device("cpu"))
+    other = guided.with_labels(y[:1])
+    assert other._rows is guided._rows
+    fresh = Guided(network, process, y[:1], 2.0, null_class=3)
+    x = torch.randn(1, *SHAPE)
+    torch.testing.assert_close(other.clean(x, 500), fresh.clean(x, 500), rtol=0.0, atol=0.0)
 
 
 def test_interval_ends() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from erdfast.process import Process
-from erdfast.sampling.levels import LARGEST_LEVEL, LEVEL_SETS, make_levels, noise_table, table_levels
+from erdfast.sampling.levels import LARGEST_LEVEL, LEVEL_SETS, VARIABLES, make_levels, noise_table, table_levels
 
 DISCRETE = ["cosine", "ddpm_linear", "logsnr_linear"]
 CONTINUOUS = ["flow", "vp", "gvp", "logsnr_uniform"]
@@ -66,7 +66,8 @@ def test_every_level_is_in_the_table(schedule: str, level_set: str, steps: int) 
     assert np.all(np.diff(sigmas) <= 0.0)
     assert all(isinstance(label, int) for label in levels.times)
     if steps > 1:
-        low, high = {"edm": (0.002, 80.0), "iddpm": (0.002, 81.0), "vp": (0.01048, 152.17)}[level_set]
+        ends = {"edm": (0.002, 80.0), "iddpm": (0.002, 81.0), "vp": (0.01048, 152.17), "logsnr": (0.002, 80.0)}
+        low, high = ends.get(level_set, (0.0, math.inf))
         assert sigmas[0] == pytest.approx(min(high, table[-1]), rel=0.15)
         assert sigmas[-2] == pytest.approx(max(low, table[0]), rel=0.15)
 
@@ -110,15 +111,69 @@ def test_start_where_the_target_is_singular(schedule: str, target: str) -> None:
     assert levels.positions[-1] == 0.0
 
 
+def test_uniform_and_logsnr_by_hand() -> None:
+    table = np.geomspace(0.001, 1000.0, 13)
+    assert table_levels(table, 4, "uniform").times == (12, 8, 4, 0)
+    fine = np.geomspace(0.001, 1000.0, 100_000)
+    np.testing.assert_allclose(
+        table_levels(fine, 3, "logsnr").positions[:3], [80.0, math.sqrt(80.0 * 0.002), 0.002], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("schedule", CONTINUOUS)
+@pytest.mark.parametrize("level_set", ["edm", "vp", "logsnr"])
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_level_sets_of_a_continuous_process(schedule: str, level_set: str, variable: str) -> None:
+    """Exact levels, not rounded to anything, within what the process reaches."""
+    process = Process(schedule=schedule, target="v", weighting="constant")
+    levels = make_levels(process, 9, level_set, variable)
+    ratios = np.array([sigma / alpha for alpha, sigma in levels.amplitudes])
+    reach = (math.exp(-5.0), math.exp(5.0)) if schedule == "logsnr_uniform" else (0.0, math.inf)
+    low, high = {"edm": (0.002, 80.0), "vp": (0.01048, 152.17), "logsnr": (0.002, 80.0)}[level_set]
+    highest = 152.17 if schedule == "vp" else min(high, reach[1])  # its own end, exp(5.03)
+    assert ratios[0] == pytest.approx(min(high, highest), rel=1e-3)
+    assert ratios[-2] == pytest.approx(max(low, reach[0]), rel=1e-3)
+    assert np.all(np.diff(ratios) < 0.0)
+    if level_set == "logsnr":
+        np.testing.assert_allclose(np.diff(np.log(ratios[:-1])), np.log(ratios[1] / ratios[0]), rtol=1e-6)
+    expected = ratios if variable == "ratio" else [*levels.times, 0.0]
+    np.testing.assert_allclose(levels.positions, expected, rtol=1e-12)
+    assert levels.scale == pytest.approx(ratios[0] if variable == "ratio" else levels.amplitudes[0][1])
+
+
+@pytest.mark.parametrize("schedule", [*DISCRETE, *CONTINUOUS])
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_amplitudes_are_those_of_the_times(schedule: str, variable: str) -> None:
+    process = Process(schedule=schedule, target="v", weighting="constant", noise_scale=2.0)
+    levels = make_levels(process, 7, variable=variable)
+    t = torch.tensor(levels.times, dtype=torch.int64 if process.discrete else torch.float64)
+    alpha, sigma = process.schedule.alpha_sigma(t)
+    assert levels.amplitudes == (*zip(alpha.tolist(), sigma.tolist(), strict=True), (1.0, 0.0))
+    assert levels.positions[-1] == 0.0
+    if process.discrete and variable == "time":
+        np.testing.assert_allclose(np.tan(levels.positions[:-1]), sigma / (2.0 * alpha), rtol=1e-6)
+
+
+def test_no_run_over_the_ratio_begins_at_infinity() -> None:
+    """alpha = 0 at t = 1 of `flow`: over x_t/alpha a run begins as EDM's does, over x_t at pure noise."""
+    process = Process(schedule="flow", target="u", weighting="constant")
+    assert make_levels(process, 4, "uniform", "ratio").positions[0] == pytest.approx(LARGEST_LEVEL)
+    assert make_levels(process, 4, "uniform", "time").amplitudes[0] == (0.0, 1.0)
+
+
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"'karras' is not one of \['edm', 'iddpm', 'vp'\]"):
+    with pytest.raises(ValueError, match=r"'karras' is not one of \['edm', 'iddpm', 'logsnr', 'uniform', 'vp'\]"):
         make_levels(Process(schedule="cosine"), 10, "karras")
+    with pytest.raises(ValueError, match=r"'karras' is not one of \['edm', 'logsnr', 'uniform', 'vp'\] for a cont"):
+        make_levels(Process(schedule="flow"), 10, "karras")
+    with pytest.raises(ValueError, match=r"'iddpm' is not one of .*counts the labels of a discrete one"):
+        make_levels(Process(schedule="flow"), 10, "iddpm")
+    with pytest.raises(ValueError, match="variable 'angle' is not one of"):
+        make_levels(Process(schedule="flow"), 10, variable="angle")
     with pytest.raises(ValueError, match="continuous process has no table"):
         noise_table(Process(schedule="flow"))
     with pytest.raises(ValueError, match="no noise level"):
         table_levels(np.array([90.0, 100.0]), 2, "iddpm")
-    with pytest.raises(ValueError, match="'edm' is for a discrete process"):
-        make_levels(Process(schedule="flow"), 10, "edm")
     for schedule in ("cosine", "flow"):
         with pytest.raises(ValueError, match="at least 1, got 0"):
             make_levels(Process(schedule=schedule), 0)

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from erdfast.training.plan import compiled_folder
 from erdfast.training.trainer import Trainer
 from tests.runs import tiny_trainer
 
@@ -76,14 +77,20 @@ def test_compiled_runs_end_as_eager_ones(tmp_path, model, compile):
         torch.testing.assert_close(parameter, eager.parameters[name], rtol=1e-5, atol=1e-6)
 
 
-def test_what_the_compiler_makes_lives_with_the_run(tmp_path, monkeypatch):
+def test_what_the_compiler_makes_is_found_by_a_restart(tmp_path, monkeypatch):
+    """By the run's path, but not in it: a run directory that is passed on holds nothing that is executed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         del os.environ[name]  # what the trainer sets is taken back
     cache_dir()  # torch writes its default into the environment
-    tiny_trainer(tmp_path, compile="block")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path.resolve() / "cache" / "inductor")
+    tiny_trainer(tmp_path / "run", compile="block")
+    folder = compiled_folder(tmp_path / "run")
+    assert folder.parent == tmp_path / "home" / "erdfast" / "compiled"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert compiled_folder(tmp_path / "other") != folder
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
     tiny_trainer(tmp_path / "other", compile="block")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "elsewhere")  # the user's own

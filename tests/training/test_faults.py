@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from erdfast import train
 from erdfast.training.checkpoint_files import complete_checkpoints, complete_step, verify
 from erdfast.training.metrics import read_metrics
+from erdfast.training.plan import compiled_folder
 from tests.runs import ROOT, TINY, all_tensors, assert_same_bits, start, wait_until, words
 
 KILLS = int(os.environ.get("ERDFAST_KILLS", "6"))
@@ -125,8 +126,9 @@ def test_two_processes_go_on_as_one(tmp_path, shared):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_of_full_size_goes_on_in_one_process(tmp_path):
+def test_a_compiled_network_of_full_size_goes_on_in_one_process(tmp_path, monkeypatch):
     """dit_s2 split by FSDP2, compiled by block, saved in the background; then whole, eager, from the step before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     linear = words("--lr 1e3 --adam-eps 1e3 --weight-decay 0 --no-tensorboard --precision fp32")  # not Adam's signs
     rest = words("--batch-size 2 --steps 2 --log-every 1 --checkpoint-every 1 --sample-every 0")
@@ -136,14 +138,14 @@ def test_a_compiled_network_of_full_size_goes_on_in_one_process(tmp_path):
     assert process.returncode == 0, err
     assert "fsdp on 2 processes, 1 images each, fp32, compile block" in out
     assert "cannot be written" not in out
-    assert any((shared / "cache" / "inductor").rglob("*.cpp"))
+    assert any((compiled_folder(shared) / "inductor").rglob("*.cpp"))
     checkpoints = complete_checkpoints(shared / "checkpoints")
     assert [path.name for path in checkpoints] == ["00000001", "00000002"]
     for path in checkpoints:
         verify(path)
         assert len(list((path / "state").iterdir())) == 2  # each process wrote its shards
 
-    shutil.copytree(shared, alone, ignore=shutil.ignore_patterns("00000002", "cache"))
+    shutil.copytree(shared, alone, ignore=shutil.ignore_patterns("00000002"))
     assert train.main(["--resume", str(alone), "--parallel", "none", "--compile", "none"]) == 0
     assert_close(alone, shared)
     one, two = ([record["loss"] for record in read_metrics(run / "metrics.jsonl")] for run in (alone, shared))

@@ -11,10 +11,27 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from erdfast.training import interrupt as interrupt_module
 from erdfast.training.interrupt import Interrupt, Vote
 
 
-def test_the_first_signal_is_kept_and_the_second_acts_as_it_would_have():
+@pytest.mark.parametrize("echo", [signal.SIGTERM, signal.SIGINT])
+def test_an_echo_of_the_first_signal_changes_nothing(echo):
+    """torchrun passes on the signal that a scheduler has sent to its processes as well."""
+    seen: list[int] = []
+    before = signal.signal(echo, lambda number, _frame: seen.append(number))
+    try:
+        with Interrupt() as interrupt:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), echo)
+            assert (interrupt.received, seen) == ("SIGTERM", [])
+    finally:
+        signal.signal(echo, before)
+
+
+def test_the_first_signal_is_kept_and_a_later_one_acts_as_it_would_have(monkeypatch):
+    monkeypatch.setattr(interrupt_module, "ECHO_S", {signal.SIGTERM: -1.0, signal.SIGINT: -1.0})
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
     try:
