@@ -132,7 +132,7 @@ def _write_shards(folder: Path, start: int, moments: Tensor, labels: Tensor) -> 
 def _write_store(hdf5: Path, out: Path, rows: int) -> None:
     writer = Writer(FileDataset(hdf5), dtype="bf16", batch=CHUNK)
     plan = Plan(writer.manifest, part_bytes=2 * SAMPLE_VALUES * -(-rows // PARTS))
-    begin(out, writer.manifest, plan)
+    begin(out, writer, plan)
     write_parts(out, writer, plan, lambda _done: None)
     finish(out, writer.manifest, plan)
 

@@ -132,6 +132,9 @@ def _parse_resume(arguments: list[str], run: Path) -> TrainConfig:
     from erdfast.training.run_directory import load_run_config
 
     saved = load_run_config(run)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # What the processes of a run shared has no meaning for one alone, which may well go on with it.
+        saved = dataclasses.replace(saved, parallel="auto", ddp_bf16=False)
     config = parse(TrainConfig, arguments, saved)
     before, after = (_flat(c) for c in (saved, config))
     changed = [name for name in before if before[name] != after[name] and name not in _FREE_ON_RESUME]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from erdfast import typed_json
 from erdfast.process import Process
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
@@ -218,7 +217,7 @@ class TrainConfig:
     """With dry_run: predict memory, speed and hours on so many GPUs (above 8, machines of 8), and the options that fit;
     0 predicts nothing."""
     device: GpuName = "h200"
-    """The GPU for which gpus predicts."""
+    """The GPU for which gpus predicts: for nothing else."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 5_000
@@ -237,7 +236,12 @@ class TrainConfig:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def validate(self) -> None:
-        """Raise ValueError for a number out of range or a combination that cannot run."""
+        """Raise ValueError for a number out of range, a combination that cannot run, or options of no effect."""
+        self.validate_values()
+        self._refuse_unused()
+
+    def validate_values(self) -> None:
+        """The same, but for options of no effect: older versions took and saved them."""
         _require("steps", self.steps, 1 <= self.steps < 2**32, "at least 1 and below 2^32")
         _require("batch_size", self.batch_size, 1 <= self.batch_size < 2**31, "at least 1 and below 2^31")
         _require("accumulation", self.accumulation, self.accumulation >= 1, "at least 1")
@@ -268,6 +272,19 @@ class TrainConfig:
                 f"{self.accumulation}"
             )
 
+    def _refuse_unused(self) -> None:
+        if self.device != TrainConfig.device and not self.gpus:
+            raise ValueError(f"device {self.device} is a prediction's: add --dry-run --gpus, or leave it out")
+        if self.ddp_bf16 and self.parallel not in ("auto", "ddp"):
+            raise ValueError(
+                f"ddp_bf16 has no effect with parallel {self.parallel}: choose ddp or auto, or add --no-ddp-bf16"
+            )
+        if self.ema.ema_snapshot_every and not self.ema.ema_std:
+            raise ValueError(
+                f"ema_snapshot_every {self.ema.ema_snapshot_every} has no effect without power-function averages: "
+                "name their widths with --ema-std, or set it to 0"
+            )
+
     def to_json(self) -> str:
         """All options as JSON; `from_json` reads it back."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
@@ -280,16 +297,19 @@ class TrainConfig:
             ValueError: not JSON, or not the options of this version; names `origin`.
         """
         try:
-            values = json.loads(text)
+            values = typed_json.read_object(text)
             _from_older_versions(values)
             for name, group in _GROUPS.items():
-                values[name] = group(**{key: _tuples(value) for key, value in values[name].items()})
+                values[name] = typed_json.fill(group, typed_json.inner_object(values, name), name)
             for name in ("out", "resume"):
-                values[name] = None if values[name] is None else Path(values[name])
-            config = cls(**values)
-            check_types(config)
-            config.validate()  # a file that was edited by hand
-        except (ValueError, TypeError, KeyError) as error:
+                values[name] = Path(values[name]) if isinstance(values.get(name), str) else values.get(name)
+            config = typed_json.fill(cls, values, "a training run")
+            typed_json.check_types(config)
+            if config.dry_run or config.gpus:
+                raise ValueError("dry_run and gpus are options of the command line alone: remove them here")
+            config = dataclasses.replace(config, device=cls.device)  # older versions saved it without gpus too
+            config.validate_values()  # a file that was edited by hand
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{origin} does not hold the options of a training run ({error})") from error
         return config
 
@@ -297,15 +317,13 @@ class TrainConfig:
 _GROUPS = {"process": ProcessConfig, "optimizer": OptimizerConfig, "ema": EmaConfig, "preview": PreviewConfig}
 
 
-def _tuples(value: Any) -> Any:
-    """JSON knows lists alone."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _from_older_versions(values: dict[str, Any]) -> None:
     """What version 0.1 wrote, in today's names."""
     if "ema" not in values:
-        values["ema"] = {"ema_decay": [values["optimizer"].pop("ema_decay")]}
+        optimizer = typed_json.inner_object(values, "optimizer")
+        if "ema_decay" not in optimizer:
+            raise ValueError("'ema' is missing")
+        values["ema"] = {"ema_decay": [optimizer.pop("ema_decay")]}
     if values.get("compile") == "default":
         values["compile"] = "block"
 
@@ -385,40 +403,16 @@ class EmaReconstruction:
     step: int | None = None
     """Step at which the average ends; by default that of the newest snapshot."""
     out: Path | None = None
-    """File; by default RUN/model-std<width>.safetensors."""
+    """File; by default RUN/model-std<width>-step<step>.safetensors."""
 
     def validate(self) -> None:
         """Raise ValueError for a number out of range."""
         if self.std is not None:
             _require("std", self.std, 0.01 <= self.std <= 0.25, "in [0.01, 0.25]")
         if self.step is not None:
-            _require("step", self.step, self.step >= 1, "at least 1")
+            _require("step", self.step, 1 <= self.step < 2**32, "at least 1 and below 2^32")
         if self.out is not None and self.out.suffix != ".safetensors":
             raise ValueError(f"out={self.out} must end in .safetensors")
-
-
-def check_types(config: Any) -> None:
-    """Raise ValueError unless every field, in groups too, has the type that it is declared with."""
-    for name, declared in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(declared):
-            check_types(value)
-        elif not _is_of_type(value, declared):
-            raise ValueError(f"{name} is {value!r}; it must be of type {getattr(declared, '__name__', declared)}")
-
-
-def _is_of_type(value: Any, declared: Any) -> bool:
-    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_of_type(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        lengths_fit = isinstance(value, tuple) and (arguments[-1] is ... or len(value) == len(arguments))
-        return lengths_fit and all(_is_of_type(item, arguments[0]) for item in value)
-    if declared in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if declared is float else declared)
 
 
 def _require_sampling(steps: int, seed: int, batch_size: int) -> None:

@@ -48,12 +48,15 @@ def _refuse_others(out: Path, run: Path) -> None:
         return
     try:
         with safe_open(out, framework="pt") as file:
-            # Snapshots have these notes too, and the names of a training step.
-            ours = {STEP, STD} <= (file.metadata() or {}).keys() and not any(n.startswith(MODEL) for n in file.keys())  # noqa: SIM118
+            notes, names = file.metadata() or {}, list(file.keys())
+        # Snapshots have these notes too, and the names of a training step.
+        ours = {STEP, STD} <= notes.keys() and not any(name.startswith(MODEL) for name in names)
     except (OSError, SafetensorError):
         ours = False
     if not ours:
-        raise ValueError(f"{out} was not written by erdfast.ema and is not replaced; choose another --out, or remove it")
+        raise ValueError(
+            f"{out} was not written by erdfast.ema and is not replaced; choose another --out, or remove it"
+        )
 
 
 def _print_list(snapshots: Sequence[Snapshot]) -> None:

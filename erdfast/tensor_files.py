@@ -75,7 +75,7 @@ def tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return value
 
 

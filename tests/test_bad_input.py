@@ -107,6 +107,13 @@ VALUES = [
     ("--noise-scale 0", ["noise_scale=0.0"]),
     ("--num-timesteps 1", ["num_timesteps=1"]),
     ("--normalize perhaps", ["'perhaps'", "--normalize"]),
+    # without effect
+    ("--ema-snapshot-every 5", ["ema_snapshot_every 5 has no effect", "--ema-std"]),
+    ("--ddp-bf16 --parallel none", ["ddp_bf16 has no effect with parallel none", "ddp or auto"]),
+    ("--ddp-bf16 --parallel fsdp", ["ddp_bf16 has no effect with parallel fsdp"]),
+    ("--ddp-bf16 --parallel hsdp", ["ddp_bf16 has no effect with parallel hsdp"]),
+    ("--device a100", ["device a100 is a prediction's", "--gpus"]),
+    ("--device a100 --dry-run", ["device a100 is a prediction's", "--gpus"]),
 ]
 
 
@@ -177,7 +184,7 @@ def write_data(name: str) -> None:
 DATA = {
     "missing.npz": ["no such file"],
     "missing/folder": ["no such file or folder"],
-    "empty_folder": ["neither *.safetensors shards nor latents.npy"],
+    "empty_folder": ["neither erdfast.json, *.safetensors, latents.npy"],
     "flat.npz": ["latents must be float (N, C, H, W)", "(N, 256)"],
     "other_shape.npz": ["4x16x16", "4x8x8"],
     "pixels.npz": ["arr_0 must be uint8 (N, H, W, 1 or 3)", "8, 8, 4"],
@@ -299,11 +306,21 @@ class TestNoRun:
         line = refused(capsys, main, [flag, run])
         assert f"{run} holds no complete checkpoint (looked in {run}/checkpoints)" in line
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"process": {}, "optimizer": {}}', "\x00"])
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[]", "{}", '{"process": {}, "optimizer": {}}', "\x00", '{"a": ' * 100_000]
+    )
     def test_damaged_options(self, capsys, run, main, flag, content):
         (run / "config.json").write_text(content)
         line = refused(capsys, main, [flag, run])
         assert f"{run}/config.json does not hold the options of a training run" in line
+
+    @pytest.mark.parametrize(("group", "value"), [("process", []), ("optimizer", None), ("preview", 3)])
+    def test_options_that_are_no_group(self, capsys, run, main, flag, group, value):
+        options = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(options | {group: value}))
+        line = refused(capsys, main, [flag, run])
+        assert f"{run}/config.json does not hold the options" in line
+        assert f"({group} is {value}; it must be an object of options)" in line
 
     @pytest.mark.parametrize("file", ["state.json", SHARD, "model.safetensors"])
     def test_a_damaged_checkpoint(self, capsys, run, main, flag, file):
@@ -340,10 +357,31 @@ def test_resuming_with_another_learning_rate(capsys, run):
     assert f"{run} was started with lr 0.001; resuming cannot change it to 1.0" in line
 
 
-def test_damaged_metrics(capsys, run):
-    (run / "metrics.jsonl").write_text('nonsense\n{"step": 1}\n')
-    line = refused(capsys, train.main, ["--resume", run, "--steps", "4"])
-    assert f"{run}/metrics.jsonl, line 1: not a JSON record" in line
+def test_damaged_metrics_do_not_block_good_weights(capsys, run):
+    log = run / "metrics.jsonl"
+    log.write_text('nonsense\n{"step": 1}\n{"loss": 1.5}\n')
+    assert train.main(["--resume", str(run), "--steps", "4"]) == 0
+    assert f"{log}: 1 line that is no record was moved to {log}.damaged\n" in capsys.readouterr().out
+    assert (run / "metrics.jsonl.damaged").read_text() == "nonsense\n"
+    assert log.read_text().startswith('{"step": 1}\n{"loss": 1.5}\n{"step": 4')
+
+
+def test_pictures_may_change_when_a_run_continues(run):
+    """They do not change the weights: tests/training/test_trainer.py."""
+    arguments = words("--steps 4 --sample-every 3 --sample-num 2 --sample-steps 2 --sample-cfg-scale 1")
+    assert train.main(["--resume", str(run), *arguments]) == 0
+    assert [path.name for path in sorted((run / "samples").iterdir())] == ["00000003.png", "00000004.png"]
+
+
+def test_options_of_no_effect_that_an_older_version_saved(capsys, run):
+    """They do not keep a run from being read; going on with them is refused like beginning with them."""
+    options = json.loads((run / "config.json").read_text()) | {"device": "a100"}
+    options["ema"]["ema_snapshot_every"] = 7
+    (run / "config.json").write_text(json.dumps(options))
+    assert sample.main(["--run", str(run), *words("--num 2 --steps 2")]) == 0
+    line = refused(capsys, train.main, ["--resume", run, "--steps", "3"])
+    assert "ema_snapshot_every 7 has no effect without power-function averages" in line
+    assert train.main(["--resume", str(run), *words("--steps 3 --ema-snapshot-every 0")]) == 0
 
 
 # ---------------------------------------------------------------------- sampling and evaluation

@@ -132,6 +132,15 @@ def test_help_is_tyros_own(capsys, config_type):
     assert shown.err == ""
 
 
+def test_help_names_the_module(capsys):
+    from erdfast import ema, evaluate, sample
+
+    for main in (ema.main, evaluate.main, sample.main, train.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: python -m {main.__module__} ")
+
+
 # ---------------------------------------------------------------------- exit codes
 
 

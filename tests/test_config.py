@@ -98,7 +98,12 @@ def test_json_round_trip(name):
     [
         ("", "Expecting value"),
         ("[1]", "list"),
-        ("{}", "'optimizer'"),
+        ("{}", "'optimizer' is missing"),
+        ('{"optimizer": null}', "optimizer is None; it must be an object of options"),
+        ('{"optimizer": "x"}', "optimizer is 'x'; it must be an object of options"),
+        ('{"optimizer": {}}', "'ema' is missing"),
+        ('{"ema": {}}', "'process' is missing"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"ema": {}, "process": {"nonsense": 1}}', "nonsense"),
         ("null", "NoneType"),
     ],
@@ -123,6 +128,15 @@ def test_other_json_is_refused(text, part):
         ("data", 5, "data is 5"),
         ("compile", "bogus", "compile is 'bogus'"),
         ("dry_run", "no", "dry_run is 'no'"),
+        ("dry_run", True, "dry_run and gpus are options of the command line alone"),
+        ("gpus", 8, "dry_run and gpus are options of the command line alone"),
+        ("process", [], "process is []; it must be an object of options"),
+        ("optimizer", None, "optimizer is None; it must be an object of options"),
+        ("ema", "x", "ema is 'x'; it must be an object of options"),
+        ("preview", 3, "preview is 3; it must be an object of options"),
+        ("preview", {"sample_evry": 3}, "preview has no option 'sample_evry'; choose from sample_every, sample_num"),
+        ("betas", 1, "a training run has no option 'betas'"),
+        ("out", 3, "out is 3; it must be of type"),
     ],
 )
 def test_json_edited_by_hand_is_checked(name, value, part):
@@ -251,3 +265,30 @@ def test_options_of_the_process_are_those_of_Process():
     signature = inspect.signature(ProcessConfig().build().__class__.__init__)
     defaults = {name: parameter.default for name, parameter in list(signature.parameters.items())[1:]}
     assert defaults == dataclasses.asdict(ProcessConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "a100"}, "device a100 is a prediction's: add --dry-run --gpus"),
+        ({"ddp_bf16": True, "parallel": "none"}, "ddp_bf16 has no effect with parallel none: choose ddp or auto"),
+        ({"ddp_bf16": True, "parallel": "fsdp"}, "ddp_bf16 has no effect with parallel fsdp"),
+        ({"ema": EmaConfig(ema_snapshot_every=9)}, "ema_snapshot_every 9 has no effect without power-function"),
+    ],
+)
+def test_options_of_no_effect_are_refused_but_read(options, message):
+    made = TrainConfig(**options)
+    with pytest.raises(ValueError, match=message):
+        made.validate()
+    again = TrainConfig.from_json(made.to_json(), "config.json")  # an older version may have saved them
+    assert again == dataclasses.replace(made, device="h200")
+
+
+def test_options_that_have_an_effect_are_taken():
+    for options in (
+        {"device": "a100", "gpus": 8, "dry_run": True},
+        {"ddp_bf16": True, "parallel": "ddp"},
+        {"ddp_bf16": True},
+        {"ema": EmaConfig(ema_std=(0.1,), ema_snapshot_every=9)},
+    ):
+        TrainConfig(**options).validate()  # pyright: ignore[reportArgumentType]  # of several types

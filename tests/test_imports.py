@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
         *("torch", "numpy", "sklearn", "safetensors", "matplotlib"),
         *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data"),
     },
-    "erdfast.config": {"erdfast.process"},
+    "erdfast.typed_json": set(),
+    "erdfast.config": {"erdfast.process", "erdfast.typed_json"},
 }
 ALLOWED["erdfast.training"] = {
     "torch",

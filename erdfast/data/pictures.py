@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Of files that are taken for pictures; ImageNet's own are called .JPEG."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""Whatever a file is called: for some others Pillow would start programs."""
 _LONGEST = 4
 """Sides of a picture's middle that is worth scaling: a thread of 1x60000 pixels would become gigabytes."""
 
@@ -31,7 +33,7 @@ def decode_picture(data: bytes, *, size: int | None = None, channels: int = 3) -
     `center_crop_arr`). A picture of that size already is taken as it is.
 
     Args:
-        data: a file of any type that Pillow reads.
+        data: a file of one of these types, whatever it is called.
         size: side of the result in pixels; None for the picture as it is.
         channels: 1 for grey, 3 for red, green and blue; palettes, transparency and CMYK are converted.
 
@@ -44,7 +46,7 @@ def decode_picture(data: bytes, *, size: int | None = None, channels: int = 3) -
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             image = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
     except UnidentifiedImageError as error:
         raise ValueError("it is no picture") from error

@@ -210,7 +210,9 @@ def choose_checkpoint(run: Path, world: World, say: Callable[[str], None]) -> Pa
             reasons.append(f"checkpoint {path} is left out: {reason}")
             say(reasons[-1])
         if reasons or (run / MODEL).exists():
-            raise ValueError("; ".join([f"{run} holds no complete checkpoint", *reasons]))
+            raise ValueError(
+                "; ".join([f"{run} holds no complete checkpoint (looked in {run / 'checkpoints'})", *reasons])
+            )
         say(f"{run} was interrupted before its first checkpoint: starting from step 0")
         return ""
 

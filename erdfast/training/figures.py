@@ -88,7 +88,7 @@ def smooth(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
 
 
 def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
-    points = [(record["step"], record["loss"]) for record in records if _is_number(record.get("loss"))]
+    points = [(r["step"], r["loss"]) for r in records if _is_number(r.get("loss")) and _is_number(r.get("step"))]
     axes.set_title("Training loss", loc="left", fontsize=11)
     axes.set_xlabel("training step")
     axes.set_ylabel("weighted squared error")

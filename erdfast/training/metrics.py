@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erdfast.atomic import write_text
+from erdfast.atomic import atomic_write, write_text
 
 LOGSNR_EDGES: tuple[float, ...] = tuple(float(edge) for edge in range(-10, 11))
 """Edges of the 20 bins of log-SNR; the first and the last bin are open outwards."""
@@ -26,12 +26,14 @@ class MetricsWriter:
     of them.
 
     Opening the file removes a torn last line (a crash in the middle of a write), so that the next record
-    starts on its own.
+    starts on its own. Whole lines that are no records, which nothing written here leaves, are moved to
+    <name>.damaged beside it: a log must not keep good weights from being trained on.
 
     Args:
         path: the jsonl file; it and its folder are made if need be.
         tensorboard: folder for TensorBoard's files as well; None writes none.
         wandb: project of Weights & Biases that receives the numbers as well, over the network; None writes none.
+        say: prints a line for people.
 
     Raises:
         ImportError: TensorBoard or Weights & Biases are wanted but not installed.
@@ -43,6 +45,7 @@ class MetricsWriter:
         *,
         tensorboard: str | os.PathLike[str] | None = None,
         wandb: str | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.path = Path(path)
         self._tensorboard_folder = tensorboard
@@ -50,6 +53,7 @@ class MetricsWriter:
         self._board = None if tensorboard is None else _open_tensorboard(tensorboard, None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self.path)
+        _set_aside(self.path, say)
         self._stream = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -111,21 +115,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All records of a jsonl file, in order. A torn last line is left out; a missing file has no records.
 
     Raises:
-        ValueError: a line before the last is not a JSON object.
+        ValueError: a line before the last is no record; names it.
     """
     path = Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never completed
+    for number, line in enumerate(_whole_lines(path), start=1):
         try:
-            record = json.loads(line)
+            records.append(_parse_record(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not a JSON record: {line[:80]!r}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}")
-        records.append(record)
+            raise ValueError(f"{path}, line {number}: {error}: {line[:80]!r}") from error
     return records
 
 
@@ -186,6 +184,50 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return value
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Without what follows the last newline, which was never completed."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _parse_record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not a JSON record") from error
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    step = record.get("step", 0)
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError("expected a whole number as step")
+    return record
+
+
+def _set_aside(path: Path, say: Callable[[str], None]) -> None:
+    """Move lines that are no records to <name>.damaged, after what lies there already.
+
+    They are on the disk there before they are gone here: a crash between the two may leave them twice, never lost.
+    """
+    good, bad = [], []
+    for line in _whole_lines(path):
+        try:
+            _parse_record(line)
+        except ValueError:
+            bad.append(line + b"\n")
+        else:
+            good.append(line + b"\n")
+    if not bad:
+        return
+    aside = path.with_name(f"{path.name}.damaged")
+    with aside.open("ab") as stream:
+        stream.writelines(bad)
+        stream.flush()
+        os.fsync(stream.fileno())
+    with atomic_write(path) as stream:
+        stream.writelines(good)
+    lines = "1 line that is no record was" if len(bad) == 1 else f"{len(bad):,} lines that are no records were"
+    say(f"{path}: {lines} moved to {aside}")
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -64,7 +64,8 @@ def _next_numbered(parent: Path, config: TrainConfig) -> Path:
 
 def save_run_config(run: Path, config: TrainConfig) -> None:
     """Write config.json: at the start, and when a run continues with options that may change (more steps)."""
-    write_text(run / "config.json", dataclasses.replace(config, resume=None, dry_run=False, gpus=0).to_json())
+    own = dataclasses.replace(config, resume=None, dry_run=False, gpus=0, device=TrainConfig.device)
+    write_text(run / "config.json", own.to_json())
 
 
 def load_run_config(run: Path) -> TrainConfig:

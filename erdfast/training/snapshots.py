@@ -1,7 +1,8 @@
 """Snapshots of power-function averages, RUN/ema/<step>-<average>.safetensors, and averages made of them afterwards.
 
-A snapshot holds the trained parameters by the names they have in a `DiffusionStep`, float32, and its step and relative
-width as metadata, with a checksum. Karras et al. 2024 (EDM2), sec. 3.2: an average of any width is a combination of snapshots.
+A snapshot holds the trained parameters by the names they have in a `DiffusionStep`, float32, and its step, relative
+width and checksum as metadata. Karras et al. 2024 (EDM2), sec. 3.2: an average of any width is a combination of
+snapshots.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _describe(path: Path) -> Snapshot:
         if not LEAST_STD <= std <= LARGEST_STD:
             raise ValueError(f"its width is {std}; it must be in [{LEAST_STD}, {LARGEST_STD}]")
     except KeyError as error:
-        raise ValueError(f"{path} is no snapshot of an average: its header has no {error}; delete or move it") from error
+        raise ValueError(f"{path} is no snapshot of an average: no {error} in its header; delete or move it") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no snapshot of an average: {error}; delete or move it") from error
     return Snapshot(step, std, path)

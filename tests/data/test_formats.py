@@ -24,7 +24,7 @@ def everything(data, flips=None):
     return data.gather(torch.arange(len(data)), flips)
 
 
-def moments(count, mean=0.0):
+def moments(count: int, mean: float | np.ndarray = 0.0):
     means = RANDOM.randn(count, 4, 6, 6) + np.reshape(mean, (-1, 1, 1))
     return np.concatenate([means, RANDOM.rand(count, 4, 6, 6)], axis=1).astype(np.float32)
 

@@ -75,7 +75,7 @@ def test_hostile_pickles(kind):
 
 def test_a_deep_key_does_not_end_the_process(tmp_path):
     (tmp_path / "0.npy").write_bytes(object_npy(DEEP_KEY))
-    code = "import pathlib, sys; from erdfast.data import FileDataset; FileDataset(pathlib.Path(sys.argv[1]), pickled=True)"
+    code = "import pathlib, sys; from erdfast import data; data.FileDataset(pathlib.Path(sys.argv[1]), pickled=True)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "sample 0 (0.npy) cannot be read: it holds a EMPTY_DICT" in done.stderr
@@ -84,15 +84,14 @@ def test_a_deep_key_does_not_end_the_process(tmp_path):
 @pytest.mark.parametrize("state", [b"}X\x08\0\0\0__call__K\x03s", b"N}X\x0c\0\0\0__defaults__)s\x86", b"K\x01"])
 @pytest.mark.parametrize("name", [("_codecs", "encode"), ("numpy.core.multiarray", "scalar"), ("numpy", "dtype")])
 def test_no_file_changes_how_the_next_is_read(state, name):
-    label = np.int64(3)
-    with pytest.raises(ValueError, match="refused|broken"):
+    with pytest.raises(ValueError, match=r"refused|broken"):
         decode_pair(object_npy(named(*name) + state + b"b."))
-    assert decode_pair(uvit_file(PAIR, label, 2)).label == 3
+    assert decode_pair(uvit_file(PAIR, np.int64(3), 2)).label == 3
 
 
 @pytest.mark.parametrize("label", [np.array(3.0), np.float32(3), 3.0, True, None, 2**70, np.array([1, 2])])
 def test_labels_that_are_no_whole_number(label):
-    with pytest.raises(ValueError, match="the label is no whole number but a|pickle|refused"):
+    with pytest.raises(ValueError, match=r"the label is no whole number but a|it holds a BINFLOAT"):
         decode_pair(uvit_file(PAIR, label))
 
 
@@ -149,6 +148,8 @@ def test_virtual_data_sets(tmp_path, source):
 
 # ---------------------------------------------------------------------------- zips
 
+NAMES, LABELS = [f"00000/img-mean-std-{number:08d}.npy" for number in range(3)], "dataset.json"
+
 
 def with_size(path, name: str, size: int) -> None:
     """Let the zip's directory say that a member has `size` bytes, unpacked."""
@@ -158,12 +159,11 @@ def with_size(path, name: str, size: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("size", [0, LARGEST_FILE + 1])
-@pytest.mark.parametrize("member", ["00001/img-mean-std-00000004.npy", "dataset.json"])
-def test_sizes_in_a_zip(tmp_path, size, member):
+@pytest.mark.parametrize(("member", "size"), [(NAMES[2], 0), (NAMES[2], LARGEST_FILE + 1), (LABELS, LARGEST_FILE + 1)])
+def test_sizes_in_a_zip(tmp_path, member, size):
     path = write(tmp_path / "a.zip", edm2_files(moments(6), range(6)), zipfile.ZIP_DEFLATED)
     with_size(path, member, size)
-    with pytest.raises(ValueError, match=rf"a\.zip: .*({member}.* has {size:,} bytes|Expecting value)"):
+    with pytest.raises(ValueError, match=rf"a\.zip: .*{member}.* has {size:,} bytes"):
         FileDataset(path)
 
 
@@ -178,7 +178,7 @@ def test_links_between_folders(tmp_path):
     assert list_files(tmp_path / "data", (".png",)) == ["a/0.png", "b/0.png", "c/0.png"]
     assert FileDataset(tmp_path / "data").class_names == ["a", "b", "c"]
     (tmp_path / "data/a/again").symlink_to(tmp_path / "data")
-    with pytest.raises(ValueError, match="data: .*a/again is a link to a folder that it lies in"):
+    with pytest.raises(ValueError, match=r"data: .*a/again is a link to a folder that it lies in"):
         FileDataset(tmp_path / "data")
 
 
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(PermissionError):
         list_files(tmp_path, (".png",))
-    with pytest.raises(ValueError, match="Permission denied: .*b"):
+    with pytest.raises(ValueError, match=r"Permission denied: .*b"):
         FileDataset(tmp_path)
 
 
@@ -227,11 +227,8 @@ def test_class_folders(tmp_path):
     with pytest.raises(ValueError, match=r"stray: .*0\.png lies beside folders of classes"):
         FileDataset(write(tmp_path / "stray", files | {"0.png": png(picture())}))
     (write(tmp_path / "empty", files) / "aa").mkdir()
-    with pytest.raises(ValueError, match="empty: .*the folder aa holds no picture"):
+    with pytest.raises(ValueError, match=r"empty: .*the folder aa holds no picture"):
         FileDataset(tmp_path / "empty")
-
-
-NAMES = [f"00000/img-mean-std-{number:08d}.npy" for number in range(3)]
 
 
 @pytest.mark.parametrize("place", ["folder", "archive.zip"])
@@ -259,7 +256,7 @@ def test_negative_labels_name_the_sample(tmp_path):
 
 
 def test_two_pairs_of_folders(tmp_path):
-    files = {f"{name}_{kind}/0.npy": npy(np.zeros((1, 4, 6, 6), np.float32)) for name in "ab" for kind in ["features"]}
+    files = {f"{name}_features/0.npy": npy(np.zeros((1, 4, 6, 6), np.float32)) for name in "ab"}
     files |= {f"{name}_labels/0.npy": npy(np.array([1])) for name in "ab"}
     with pytest.raises(ValueError, match="it holds a_features and b_features: name one of them"):
         FileDataset(write(tmp_path, files))
@@ -283,7 +280,7 @@ ONES = torch.ones(4)
     [
         (b"junk", "cannot be read as tensors"),
         (b"", "cannot be read as tensors"),
-        (pickle.dumps(eval), "cannot be read as tensors"),
+        (pickle.dumps(eval, 2), "cannot be read as tensors"),
         (saved([ONES]), "cannot be read as tensors"),
         (saved({"mean": ONES}), "cannot be read as tensors"),
         (saved({"mean": 1.0, "std": ONES}), "cannot be read as tensors"),
@@ -402,10 +399,11 @@ def test_a_folder_goes_on_with_the_same_data_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "bf16"), (float("inf"), "fp32"), (1e5, "fp16")])
-def test_every_value_is_looked_at(tmp_path, capsys, value, dtype):
-    data = latents(tmp_path / "l.npy", row=101, value=value)
+def test_every_value_is_looked_at(tmp_path, value, dtype):
+    data = latents(tmp_path / "l.npy", row=102, value=value)
     assert FileDataset(data)  # which looks at some rows alone
     options = ["--data", data, "--convert", "--dtype", dtype, "--out", tmp_path / "out"]
-    assert f"l.npy: sample 101 is not finite in {dtype}" in refused(capsys, encode.main, options)
+    with pytest.raises(ValueError, match=rf"l\.npy: sample 102 is not finite in {dtype}"):
+        run(*options)
     assert not (tmp_path / "out" / MANIFEST).exists()
-    assert run("--data", latents(data, row=101, value=1e4), *options[2:-1], tmp_path / "other") == 0
+    assert run("--data", latents(data, row=102, value=1e4), *options[2:-1], tmp_path / "other") == 0

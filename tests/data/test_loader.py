@@ -82,7 +82,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FileDataset:
     np.save(folder / "labels.npy", rng.integers(0, 5, N))
     writer = Writer(FileDataset(folder / "latents.npy"), dtype="bf16")
     plan = Plan(writer.manifest, part_bytes=2 * 4 * 9 * 8)
-    begin(folder / "out", writer.manifest, plan)
+    begin(folder / "out", writer, plan)
     write_parts(folder / "out", writer, plan, lambda _done: None)
     assert len(finish(folder / "out", writer.manifest, plan).parts) == 5
     return FileDataset(folder / "out")

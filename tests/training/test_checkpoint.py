@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, whatever happens while they are written."""
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -17,9 +18,11 @@ from erdfast.training.checkpoint import CheckpointWriter, load_into
 from erdfast.training.checkpoint_files import (
     complete_checkpoints,
     find_newest,
+    incomplete,
     newest_checkpoint,
     publish,
     read_model,
+    read_numbers,
     read_tensors,
     verify,
 )
@@ -239,6 +242,91 @@ def test_damage_is_named(tmp_path, file, content, message):
     (path / file).write_bytes(content)
     with pytest.raises(ValueError, match=rf"checkpoint .*00000005 .*{message}"):
         load_into(path, state(5), ALONE)
+
+
+ENTRY = {"bytes": 1, "crc32": 1}
+EDITS = [
+    ({"files": None}, '"files" is missing; it must say bytes and crc32 of every file'),
+    ({"files": {}}, '"files" is {}'),
+    ({"files": [1]}, r'"files" is \[1\]'),
+    ({"files": {"model.safetensors": 5}}, "model.safetensors has 5 for bytes and crc32"),
+    ({"files": {"model.safetensors": {"bytes": 1}}}, "both must be whole numbers, at least 0"),
+    ({"files": {"model.safetensors": {"bytes": -1, "crc32": 1}}}, "both must be whole numbers"),
+    ({"files": {"model.safetensors": {"bytes": 1, "crc32": True}}}, "both must be whole numbers"),
+    ({"files": {"model.safetensors": {"bytes": 1, "crc32": "1"}}}, "both must be whole numbers"),
+    ({"step": True}, "says that it is of step True"),
+    ({"format": True}, "is of no format that is known here"),
+    ({"format": [2]}, "is of no format that is known here"),
+    ({"scaler": 3}, '"scaler" is 3; it must be an object'),
+    ({"health": []}, r'"health" is \[\]; it must be an object'),
+    ({"health": {"skipped": "many"}}, "\"skipped\" is 'many'; it must be two whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), EDITS, ids=[str(edit) for edit, _ in EDITS])
+def test_numbers_edited_by_hand_are_named(tmp_path, edit, message):
+    path = save(tmp_path / "checkpoints", 1)
+    numbers = json.loads((path / "state.json").read_text()) | edit
+    (path / "state.json").write_text(json.dumps({name: value for name, value in numbers.items() if value is not None}))
+    with pytest.raises(ValueError, match=rf"checkpoint .*00000001 .*state\.json .*{message}"):
+        load_into(path, state(1), ALONE)
+    with pytest.raises(ValueError, match=rf"00000001 is left out: .*{message}"):
+        newest_checkpoint(tmp_path)
+
+
+def test_files_that_lack_an_entry_or_entries_that_lack_a_file(tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    numbers = json.loads((path / "state.json").read_text())
+    (shard,) = [name for name in numbers["files"] if name.startswith("state/")]
+    entry = numbers["files"][shard]
+    for files, reason in (
+        ({shard: entry}, "model.safetensors is not listed in state.json"),
+        ({"model.safetensors": numbers["files"]["model.safetensors"]}, f"{shard} is not listed in state.json"),
+        (numbers["files"] | {"state/more.safetensors": ENTRY}, "state/more.safetensors is missing"),
+        (numbers["files"] | {"../../notes": ENTRY}, "../../notes is missing"),
+    ):
+        (path / "state.json").write_text(json.dumps(numbers | {"files": files}))
+        assert incomplete(path) == reason
+
+
+@pytest.mark.parametrize("name", ["state/extra.safetensors", "state.safetensors"])
+def test_a_shard_too_many_is_not_read(tmp_path, name):
+    path = save(tmp_path, 1)
+    save_file({"weights/a": torch.zeros(3, 2)}, path / name)
+    assert incomplete(path) == f"{name} is not listed in state.json"
+    with pytest.raises(ValueError, match=f"{name} is not listed in state.json"):
+        load_into(path, state(1), ALONE)
+
+
+def test_deeply_nested_numbers(tmp_path):
+    path = save(tmp_path / "checkpoints", 1)
+    (path / "state.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"state\.json cannot be read: .*recursion"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_folder_whose_name_is_no_number(tmp_path):
+    save(tmp_path / "checkpoints", 1)
+    for name in ("3²", "4x", "٣"):
+        shutil.copytree(tmp_path / "checkpoints" / "00000001", tmp_path / "checkpoints" / name)
+    assert newest_checkpoint(tmp_path).name == "00000001"
+    save(tmp_path / "checkpoints", 5)
+    with pytest.raises(ValueError, match="says that it is of step 1"):
+        read_numbers(tmp_path / "checkpoints" / "3²")
+
+
+@pytest.mark.parametrize("version", [3, "2b", 2.5])
+def test_what_a_newer_version_wrote_is_never_removed(tmp_path, version):
+    path = save(tmp_path, 5)
+    numbers = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(numbers | {"format": version}))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(OSError, match=r"step 5 .* cannot be written: .*state\.json is of format .*move .*00000005"):
+        save(tmp_path, 5)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["00000005"]
+    assert_good(save(tmp_path, 6))
+    assert path.exists()
 
 
 def test_a_pickle_in_the_folder_is_never_opened(tmp_path):

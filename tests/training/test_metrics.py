@@ -63,7 +63,48 @@ def test_damage_in_the_middle_is_reported(tmp_path):
     path.write_text("3\n")
     with pytest.raises(ValueError, match="line 1: expected a JSON object"):
         read_metrics(path)
+    path.write_text('{"step": "x"}\n')
+    with pytest.raises(ValueError, match="line 1: expected a whole number as step"):
+        read_metrics(path)
     assert read_metrics(tmp_path / "missing.jsonl") == []
+
+
+BAD_LINES = [b"nonsense", b"3", b"", b"\xff\xfe", b'{"step": null}', b'{"step": "x"}', b"[" * 100_000]
+
+
+def test_lines_that_are_no_records_are_set_aside(tmp_path):
+    path, aside = tmp_path / "m.jsonl", tmp_path / "m.jsonl.damaged"
+    said: list[str] = []
+    path.write_bytes(b'{"step": 1}\n' + b"\n".join(BAD_LINES) + b'\n{"step": 2, "loss": 0.5}\n{"st')
+    with MetricsWriter(path, say=said.append) as writer:
+        assert writer.truncate_after(1) == 1
+        writer.write({"step": 2})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    assert aside.read_bytes() == b"\n".join(BAD_LINES) + b"\n"
+    assert said == [f"{path}: 7 lines that are no records were moved to {aside}"]
+
+    path.write_bytes(path.read_bytes() + b"more\n")  # what was set aside before stays
+    with MetricsWriter(path, say=said.append):
+        pass
+    assert aside.read_bytes() == b"\n".join([*BAD_LINES, b"more"]) + b"\n"
+    assert said[1:] == [f"{path}: 1 line that is no record was moved to {aside}"]
+    with MetricsWriter(path, say=said.append):
+        pass
+    assert len(said) == 2
+
+
+def test_lines_are_nowhere_else_before_they_are_gone(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    path.write_text('nonsense\n{"step": 1}\n')
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            MetricsWriter(path)
+    assert path.read_text() == 'nonsense\n{"step": 1}\n'
 
 
 def test_resuming_forgets_later_steps(tmp_path):
