@@ -69,8 +69,8 @@ def assert_same(got: Batch, wanted: Batch) -> None:
     assert got.moments_scale == wanted.moments_scale
 
 
-def gathering_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if "_work" in thread.name]
+def gathering_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if "_work" in thread.name}
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FileDataset:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_running():
-    before = len(gathering_threads())
+    before = gathering_threads()  # other tests of this process may have loaders of their own, which end when they like
     yield
-    assert len(gathering_threads()) == before
+    assert gathering_threads() <= before
 
 
 # ---------------------------------------------------------------------------- what it gives
@@ -148,29 +148,27 @@ def test_works_ahead_by_its_depth_and_no_further() -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 5])
 def test_a_failure_belongs_to_its_batch(depth: int) -> None:
-    data, reference = Numbers(), Numbers()
+    data, reference, before = Numbers(), Numbers(), gathering_threads()
     ours = loader(data, depth=depth)
     data.bad, data.bad_at = OSError("the disk is gone"), 4  # the fifth batch: step 1, part 1
     for key in [(0, 0), (0, 1), (0, 2), (1, 0)]:
         assert_same(ours.batch(*key), expected(reference, *key))
     with pytest.raises(OSError, match="the disk is gone"):
         ours.batch(1, 1)
-    assert not gathering_threads()
+    assert gathering_threads() <= before
     for key in [(1, 1), (1, 2), (2, 0), (0, 0)]:
         assert_same(ours.batch(*key), expected(reference, *key))
     ours.close()
 
 
 def test_closing_ends_the_thread_while_the_queue_is_full() -> None:
-    ours = loader(Numbers(), depth=1)
+    before, ours = gathering_threads(), loader(Numbers(), depth=1)
     ours.batch(0, 0)
     while not ours._queue.full():
         time.sleep(0.001)
-    (thread,) = gathering_threads()
-    start = time.monotonic()
+    (thread,) = gathering_threads() - before
     ours.close()
     assert not thread.is_alive()
-    assert time.monotonic() - start < 2
     ours.close()  # again: nothing to do
     assert ours._queue.empty()
 

@@ -63,9 +63,11 @@ def test_killed_at_random_moments(tmp_path):
 
 def torchrun(*arguments: object) -> subprocess.Popen[str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # other tests of this process may have set them
+    environment = {name: value for name, value in os.environ.items() if name not in caches}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
