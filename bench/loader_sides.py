@@ -196,7 +196,7 @@ class HDF5PerSample(TorchDataset[Samples]):
 
         self.path, self.open = folder / HDF5, h5py.File
         with self.open(self.path, "r") as file:
-            self.count = file["train_latents"].shape[0]  # type: ignore[union-attr]
+            self.count = file["train_latents"].shape[0]  # type: ignore[union-attr]  # h5py: any kind of object
 
     def __len__(self) -> int:
         return self.count
@@ -298,7 +298,7 @@ class InDataLoader:
 
     def indices(self, number: int) -> Tensor:
         """See `Side.indices`."""
-        size = len(self.dataset)  # type: ignore[arg-type]
+        size = len(self.dataset)  # type: ignore[arg-type]  # torch declares no length for map-style data sets
         generator = torch.Generator().manual_seed(SEED + number)
         wanted = self.batches * self.batch
         passes = [torch.randperm(size, generator=generator) for _ in range(-(-wanted // size))]

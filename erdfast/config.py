@@ -129,6 +129,11 @@ class EmaConfig:
         if self.ema_std and self.ema_warmup:
             raise ValueError("ema_warmup is for ema_decay: power-function averages need none")
 
+    @property
+    def count(self) -> int:
+        """How many averages there are."""
+        return len(self.ema_std or self.ema_decay)
+
     def describe(self) -> str:
         """For people: "0.9999", or "power std 0.05, 0.1"."""
         if self.ema_std:

@@ -85,7 +85,7 @@ def _encode(config: EncodeConfig, world: World) -> None:
     plan = Plan(writer.manifest, config.part_mib << 20)
     complete = world.first(lambda: begin(config.out, writer, plan))
     if complete != str(True):
-        _say(world, f"{writer.dataset.describe()} => {config.out}, {len(plan.ranges)} parts")
+        _say(world, f"{writer.dataset.describe()} => {config.out}, parts: {len(plan.ranges)}")
         with _bar(writer, plan, world) as bar:
             write_parts(config.out, writer, plan, bar.update, rank=world.rank, size=world.size)
         world.barrier()
@@ -123,7 +123,7 @@ def _verify(folder: Path) -> None:
     with ThreadPoolExecutor(8) as pool, tqdm(total=len(manifest.parts), unit="part", disable=None) as bar:
         for _ in pool.map(lambda part: verify(folder, part), manifest.parts):
             bar.update()
-    print(f"{folder}: {manifest.rows:,} rows in {len(manifest.parts)} parts, all checksums agree")
+    print(f"{folder}: {manifest.rows:,} rows, all checksums agree (parts: {len(manifest.parts)})")
 
 
 def _say(world: World, line: str) -> None:

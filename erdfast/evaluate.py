@@ -158,6 +158,8 @@ def _report(options: Evaluate, rows: Sequence[Row], notes: dict[str, object]) ->
     axis = axis_of(options.samples, options.x, options.x_label)
     written = [options.record]
     print(format_table(rows, axis))
+    if len(rows) > 1:
+        print("* the best")
     save_record(written[0], rows, axis, notes)
     if len(rows) > 1:
         written.append(written[0].with_suffix(".png"))

@@ -47,10 +47,10 @@ def test_one_set(folder, capsys):
 def test_comparison(folder, capsys):
     arguments = words("--samples s-cfg1.0.npz s-cfg1.5.npz --reference r.npz --inception w.pth --out c.json")
     assert evaluate.main([*arguments, *words("--metrics fid is --batch-size 7")]) == 0
-    header, *lines, written = capsys.readouterr().out.splitlines()
+    header, *lines, legend, written = capsys.readouterr().out.splitlines()
     assert header.split() == ["samples", "number", "cfg", "FID", "IS"]
     assert [line.split()[:3] for line in lines] == [["s-cfg1.0.npz", "40", "1"], ["s-cfg1.5.npz", "30", "1.5"]]
-    assert written == "written: c.json, c.png"
+    assert (legend, written) == ("* the best", "written: c.json, c.png")
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(Path("c.json").read_text())["x_label"] == "cfg"
     assert evaluate.main([*arguments, *words("--metrics is --x 400 800 --x-label step")]) == 0

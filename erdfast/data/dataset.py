@@ -83,12 +83,17 @@ class Dataset(ABC):
     @cached_property
     def _display_range(self) -> tuple[Tensor, Tensor]:
         channels = 3 if self.shape[0] >= 3 else 1
-        batch = self.gather(torch.linspace(0, len(self) - 1, min(len(self), _PROBE_ROWS)).long())
+        batch = self.gather(spread(len(self)))
         values = batch.x[:, :channels].float() * (1.0 if batch.moments_scale is None else batch.moments_scale)
         flat = values.transpose(0, 1).reshape(channels, -1).numpy()
         low, high = np.quantile(flat, [0.01, 0.99], axis=1)
         high = np.maximum(high, low + 1e-6)  # a constant channel must not divide by zero
         return torch.from_numpy(low).float(), torch.from_numpy(high).float()
+
+
+def spread(size: int) -> Tensor:
+    """Some indices from 0 to size-1, evenly spread: what is looked at in place of everything. (B,) int64."""
+    return torch.linspace(0, size - 1, min(size, _PROBE_ROWS)).long()
 
 
 def unit_to_uint8(x: Tensor) -> np.ndarray:

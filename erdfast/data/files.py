@@ -19,13 +19,13 @@ from .dataset import (
     check_indices,
     format_classes,
     format_shape,
+    spread,
     unit_to_uint8,
 )
 from .formats import open_source
 from .rows import Rows
 from .source import DAMAGE, rescaled
 
-_PROBE_ROWS = 64
 MOST_CLASSES = 10_000_000
 """A larger label is a mistake: networks hold one embedding per class."""
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -113,7 +113,7 @@ class FileDataset(Dataset):
 
     def fingerprint(self) -> int:
         """A number that is most likely another for other data: CRC-32 of some samples and of all labels."""
-        some = torch.linspace(0, len(self) - 1, min(len(self), _PROBE_ROWS)).long()
+        some = spread(len(self))
         value = zlib.crc32(self.take(some).contiguous().view(torch.uint8).numpy().tobytes())
         return zlib.crc32(self._labels.contiguous().numpy().tobytes(), value)
 
@@ -148,7 +148,7 @@ class FileDataset(Dataset):
 
     def _check_values(self) -> None:
         """A look at a few rows spread over the file: a wrong file is noticed now and not as a loss that is NaN."""
-        rows = torch.linspace(0, len(self) - 1, min(len(self), _PROBE_ROWS)).long()
+        rows = spread(len(self))
         x = self._kind.decode(self._source.rows.take(rows))
         if not bool(torch.isfinite(x).all()):
             row = int(rows[(~torch.isfinite(x)).flatten(1).any(1).nonzero()[0, 0]])

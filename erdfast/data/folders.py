@@ -172,7 +172,7 @@ def _from_table(names: Sequence[str], table: object) -> Tensor | None:
     if times > 1:
         raise ValueError(f"{_LABELS} has two labels for {twice}")
     try:
-        known: dict[Any, Any] = dict(pairs)  # type: ignore[call-overload]
+        known: dict[Any, Any] = dict(pairs)  # type: ignore[call-overload]  # what does not fit raises, below
     except (TypeError, ValueError) as error:
         raise ValueError(f"{_LABELS} does not hold labels as [name, label] pairs") from error
     missing = next((name for name in names if name not in known), None)

@@ -30,7 +30,7 @@ from .dataset import Shape, format_shape
 from .folders import open_sample_folder, open_zip
 from .rows import Rows, ShardedRows, read_hdf5, read_npy, read_npz, read_safetensors
 from .sample_files import is_hidden
-from .source import DAMAGE, Affine, Source
+from .source import DAMAGE, Affine, Source, guarded
 from .store import JOB, MANIFEST, open_store
 
 
@@ -53,23 +53,14 @@ def open_source(path: Path, shape: Shape | None = None, *, pickled: bool = False
     if not exists:
         raise ValueError(f"{path}: no such file or folder")
     if path.is_dir():
-        return _guarded(path, partial(_open_folder, shape=shape, pickled=pickled))
+        return guarded(path, partial(_open_folder, path, shape, pickled))
     if path.suffix == ".zip":
-        return _guarded(path, partial(open_zip, shape=shape))
+        return guarded(path, partial(open_zip, path, shape))
     if path.suffix not in READERS:
         raise ValueError(
             f"{path}: unknown file type '{path.suffix}', expected one of {', '.join(READERS)}, .zip or a folder"
         )
-    return _guarded(path, READERS[path.suffix])
-
-
-def _guarded(path: Path, reader: Callable[[Path], Source]) -> Source:
-    """The reader's result; whatever a damaged file makes it raise becomes a ValueError that names the file."""
-    try:
-        return reader(path)
-    except DAMAGE as error:
-        text = str(error) or type(error).__name__
-        raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: cannot be read: {text}") from error
+    return guarded(path, partial(READERS[path.suffix], path))
 
 
 def _open_folder(path: Path, shape: Shape | None, pickled: bool) -> Source:
@@ -79,7 +70,7 @@ def _open_folder(path: Path, shape: Shape | None, pickled: bool) -> Source:
         raise ValueError("it is unfinished: run the same erdfast.encode command again, which goes on where it was")
     shards = sorted(shard for shard in path.glob("*.safetensors") if not is_hidden(shard.name))
     if shards:
-        return join([_guarded(shard, _open_safetensors) for shard in shards], shards, _read_stats(path))
+        return join([guarded(shard, partial(_open_safetensors, shard)) for shard in shards], shards, _read_stats(path))
     if (path / "latents.npy").exists():
         return _open_npy(path / "latents.npy")
     return open_sample_folder(path, shape, pickled)

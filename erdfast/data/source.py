@@ -7,11 +7,14 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .dataset import spread
 from .rows import Rows
 
 SD_VAE_SCALE = 0.18215
@@ -39,6 +42,18 @@ DAMAGE = (
     pickle.UnpicklingError,  # PyTorch's restricted reader refuses a file with it
 )
 """What the readers raise when a header, a directory of parts or a number in it makes no sense."""
+
+
+Result = TypeVar("Result")
+
+
+def guarded(path: Path, read: Callable[[], Result]) -> Result:
+    """What `read` returns; whatever a damaged file makes it raise becomes a ValueError that names the file, once."""
+    try:
+        return read()
+    except DAMAGE as error:
+        text = str(error) or type(error).__name__
+        raise ValueError(text if text.startswith(f"{path}: ") else f"{path}: cannot be read: {text}") from error
 
 
 class Affine(NamedTuple):
@@ -126,7 +141,6 @@ def _guess(source: Source) -> str:
     """EDM2 and REPA write equal files of different values: EDM2's mean, of bright pictures, is far from 0."""
     if _channels(source) != len(_EDM2_MEAN):
         return "sd"
-    some = torch.linspace(0, len(source.rows) - 1, min(len(source.rows), 64)).long()
-    mean = source.rows.take(some)[:, :4].float().mean(dim=(0, 2, 3))
+    mean = source.rows.take(spread(len(source.rows)))[:, :4].float().mean(dim=(0, 2, 3))
     edm2 = torch.tensor(_EDM2_MEAN)
     return "edm2" if float((mean - edm2).norm()) < float(mean.norm()) else "sd"

@@ -10,17 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from erdfast.data.rows import Loaders, Rows, ShardedRows, read_npy, read_npz, read_safetensors
-from erdfast.data.source import DAMAGE
-
-Result = TypeVar("Result")
+from erdfast.data.source import guarded
 
 FEATURE_SUFFIXES = (".npy", ".npz", ".safetensors")
 FEATURE_NAMES = ("features", "arr_0")
@@ -123,11 +119,3 @@ def read_array(path: Path, arrays: Loaders, name: str, shape: tuple[int | None, 
     if array.is_floating_point() and not bool(torch.isfinite(array).all()):
         raise ValueError(f"{path}: '{name}' holds values that are not finite")
     return array
-
-
-def guarded(path: Path, read: Callable[[], Result]) -> Result:
-    """What `read` returns; anything that a damaged file makes it raise becomes a ValueError that names the file."""
-    try:
-        return read()
-    except DAMAGE as error:
-        raise ValueError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from error

@@ -128,10 +128,12 @@ def verify(path: Path) -> None:
     if files and (extra := [file for file in _read_files(path) if str(file.relative_to(path)) not in files]):
         raise ValueError(f"checkpoint {path} is damaged: {extra[0].relative_to(path)} is not listed in {NUMBERS}")
     for name, entry in files.items():
-        if checksum(path / name) != entry["crc32"]:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {name} does not have the checksum that it was written with"
-            )
+        _verify_file(path, name, entry)
+
+
+def _verify_file(path: Path, name: str, entry: Mapping[str, int]) -> None:
+    if checksum(path / name) != entry["crc32"]:
+        raise ValueError(f"checkpoint {path} is damaged: {name} does not have the checksum that it was written with")
 
 
 # ---------------------------------------------------------------------------- reading
@@ -201,6 +203,9 @@ def read_model(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged.
     """
     with _naming(path):
+        entry = read_numbers(path)["files"].get(MODEL)  # format 1 has none
+        if entry is not None:
+            _verify_file(path, MODEL, entry)
         return load_file(path / MODEL)
 
 

@@ -184,8 +184,7 @@ def predict(config: TrainConfig, plan: Plan) -> Prediction:
         gradient_bytes=2 if config.ddp_bf16 else 4,
     )
     waiting = exposed_s(traffic, gpu, one, blocks=network.depth, accumulation=plan.accumulation)
-    averages = len(config.ema.ema_std or config.ema.ema_decay)
-    memory = memory_per_gpu(network, images, config.precision, plan, config.gpus, num_emas=averages)
+    memory = memory_per_gpu(network, images, config.precision, plan, config.gpus, num_emas=config.ema.count)
     step_s = plan.accumulation * sum(one) + waiting + update_s(memory, gpu)
     return Prediction(plan, images, memory, step_s, waiting, busy_share(network, images, gpu))
 

@@ -84,7 +84,7 @@ class Trainer:
         """The step of the newest checkpoint that is written or being written."""
         self._warned: set[str] = set()
         self._batch: Batch | None = None
-        """The newest micro-batch."""
+        """In fp8 the newest micro-batch, on which it is compared with bf16."""
 
     def _build_network(self) -> None:
         config, device = self.config, self.device
@@ -103,9 +103,8 @@ class Trainer:
         if self.precision.fp8_backend is not None:
             apply_fp8(self.model, self.precision.fp8_backend)
         whole = Plan("ddp", config.accumulation, config.recompute)
-        averages = len(config.ema.ema_std or config.ema.ema_decay)
         size = (self.model.config, self.parts[0][1], self.precision.name, whole, self.world.size)
-        memory = memory_per_gpu(*size, num_emas=averages).total
+        memory = memory_per_gpu(*size, num_emas=config.ema.count).total
         self.mode = choose_mode(config.parallel, self.world, memory)
         apply_recompute(self.model, config.recompute)
         self.compiled = resolve_compile(config.compile, self.mode, device)
@@ -215,9 +214,10 @@ class Trainer:
         self._step.fill_(step)
         total = torch.zeros((), device=self.device)
         for part, offset in enumerate(self._offsets):
-            self._batch = x, y, moments_scale = self.loader.batch(step, part)
+            batch = self.loader.batch(step, part)
             with communicating(self.replica, self.model, last=part == len(self.parts) - 1):
-                result = self._micro_batch(x, y, offset, moments_scale)
+                result = self._micro_batch(batch.x, batch.y, offset, batch.moments_scale)
+            self._batch = batch if self.precision.name == "fp8" else None
             total += result.loss.detach() / len(self.parts)
             self.loss_by_logsnr.update(result.logsnr, result.mse)
             self.health.update(step, result)

@@ -114,9 +114,9 @@ def test_each_pass_does_its_work_on_rotating_inputs() -> None:
     run = Measurement(square_case(), "cpu", compiled=False)
     assert len(run.sets) == harness.MAX_SETS  # twelve numbers fill no cache
     forward = [run.prepare("eager", "forward")(i)() for i in (0, 1, harness.MAX_SETS)]
-    assert [float(out[0, 0].detach()) for out in forward] == pytest.approx([2.0, 2 * math.e, 2.0])  # type: ignore
-    (gradient,) = run.prepare("eager", "both")(1)()  # type: ignore
-    (again,) = run.prepare("fused", "backward")(1)()  # type: ignore
+    assert [float(out[0, 0].detach()) for out in forward] == pytest.approx([2.0, 2 * math.e, 2.0])  # type: ignore  # a pass may return anything
+    (gradient,) = run.prepare("eager", "both")(1)()  # type: ignore  # a pass may return anything
+    (again,) = run.prepare("fused", "backward")(1)()  # type: ignore  # a pass may return anything
     torch.testing.assert_close(gradient, again)
     torch.testing.assert_close(gradient / run._derivatives[1][1][0], torch.full((4, 3), 2 * math.e))
     assert run.peak_bytes("eager", "forward") is None  # a CPU does not say
@@ -124,7 +124,7 @@ def test_each_pass_does_its_work_on_rotating_inputs() -> None:
 
 def test_a_loss_is_differentiated_by_one() -> None:
     case = square_case(sides=dict.fromkeys(("eager", "fused"), lambda x: (3 * x).sum()))
-    (gradient,) = Measurement(case, "cpu", compiled=False).prepare("eager", "both")(0)()  # type: ignore
+    (gradient,) = Measurement(case, "cpu", compiled=False).prepare("eager", "both")(0)()  # type: ignore  # a pass may return anything
     assert torch.equal(gradient, torch.full((4, 3), 3.0))
 
 

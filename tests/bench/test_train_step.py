@@ -55,7 +55,7 @@ def test_eager_side_trains_by_reference_back_ends() -> None:
 @pytest.mark.parametrize("model", ["dit_tiny", "uvit_digits"])
 def test_our_side_is_the_trainers_step(model: str) -> None:
     step = step_sides.build("ours", StepOptions(model=model, batch=4, samples=16), CPU)
-    trainer = step.__self__  # type: ignore[attr-defined]
+    trainer = step.__self__  # type: ignore[attr-defined]  # a bound method
     step()
     step()
     assert (trainer.step, trainer.config.batch_size) == (2, 4)
@@ -152,8 +152,8 @@ def test_what_a_checkout_lacks_is_said(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("own_imports")
 def test_stand_ins_take_the_place_of_missing_packages_only() -> None:
     peers.stand_in("not_there.inner.module", "json")
-    import not_there.inner.module as inner  # type: ignore[import-not-found]
-    from not_there.inner import Anything  # type: ignore[import-not-found]
+    import not_there.inner.module as inner  # type: ignore[import-not-found]  # that is the test
+    from not_there.inner import Anything  # type: ignore[import-not-found]  # likewise
 
     assert isinstance(Anything, type)
     assert inner is sys.modules["not_there.inner.module"]

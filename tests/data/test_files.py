@@ -208,7 +208,8 @@ def damaged(folder: Path, name: str) -> Path:
         path.write_bytes(b"hello")
     if name in ("truncated npy", "pickle"):
         path = folder / "bad.npy"
-        np.save(path, latents(4) if name == "truncated npy" else np.array([{}], dtype=object), allow_pickle=True)
+        array = latents(4) if name == "truncated npy" else np.array([{}], dtype=object)
+        np.save(path, array, allow_pickle=True)  # written here: that it is refused is the test
         path.write_bytes(path.read_bytes()[:1000])
     if name in ("truncated safetensors", "long header", "broken header"):
         path = folder / "bad.safetensors"

@@ -196,7 +196,7 @@ def uvit_file(value, label, protocol=None) -> bytes:
     pair = np.empty(2, dtype=object)
     pair[0], pair[1] = value, label
     if protocol is None:
-        return npy(pair, allow_pickle=True)
+        return npy(pair, allow_pickle=True)  # written here, never read so
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "|O", "fortran_order": False, "shape": (2,)})
     pickle.dump(pair, stream, protocol=protocol)
@@ -234,7 +234,7 @@ class Evil:
         (uvit_file(moments(1)[0].astype(">f4"), 1), "big-endian"),
         (uvit_file(moments(1)[0], "cat"), "no whole number but a str"),
         (uvit_file(moments(1)[0], 1)[:-1000], "pickle is broken"),
-        (npy(np.array([None], dtype=object), allow_pickle=True), r"something else than a pair"),
+        (npy(np.array([None], dtype=object), allow_pickle=True), r"something else than a pair"),  # only written
         (npy(np.zeros(3)), "no pickled pair"),
         (b"hello", "magic string"),
     ],

@@ -181,7 +181,7 @@ def test_nothing_depends_on_threads(isa, monkeypatch) -> None:
     extension = load_extension()
     assert not isinstance(extension, str), extension
     if isa not in extension.supported_isas():
-        pytest.skip(f"this processor has no {isa}")
+        pytest.skip(f"this processor has no {isa}")  # its instructions would end the process
     monkeypatch.setenv("ERDFAST_CPU_ISA", isa)
     before = torch.get_num_threads()
     ends = []

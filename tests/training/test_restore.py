@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erdfast.config import EmaConfig
+from erdfast.training.checkpoint_files import read_model
 from erdfast.training.ema import average_names
 from erdfast.training.health import Health
 from erdfast.training.parallel import World
@@ -43,6 +44,16 @@ def test_a_checkpoint_with_a_flipped_byte_is_left_out(tmp_path):
         flip_a_byte(path)
     with pytest.raises(ValueError, match=r"holds no complete checkpoint.*00000006.*00000004.*00000002"):
         tiny_trainer(tmp_path, steps=6).restore()
+
+
+def test_published_weights_with_a_flipped_byte_are_not_sampled(tmp_path):
+    tiny_trainer(tmp_path, steps=1).train()
+    checkpoint = tmp_path / "checkpoints" / "00000001"
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"00000001 is damaged: model\.safetensors does not have the checksum"):
+        read_model(checkpoint)
 
 
 def test_a_run_killed_between_snapshot_and_checkpoint_has_both_in_the_end(tmp_path, monkeypatch):
