@@ -180,15 +180,21 @@ def run(main: Callable[[], int | None], program: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, ImportError, OSError, ArithmeticError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"{program}: error: {' '.join(str(error).split())}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise  # a bug of ours
         reason = " ".join(str(error).split())[:200]
-        print(f"{program}: error: out of memory ({reason}): try a smaller --batch-size", file=sys.stderr)
+        _say(f"{program}: error: out of memory ({reason}): try a smaller --batch-size")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        _say(f"{program}: interrupted")
         sys.exit(130)
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    """Write a line to stderr in one piece: `print` may write its end apart, and other processes' words between."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
