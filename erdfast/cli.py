@@ -17,16 +17,16 @@ from typing import Any, TypeVar
 import torch
 
 from erdfast import presets
-from erdfast.config import PreviewConfig, TrainConfig
+from erdfast.config import EvalConfig, PreviewConfig, TrainConfig
 
 Config = TypeVar("Config")
 
-_GROUPS = ("process", "optimizer", "ema", "preview")
-_PREVIEW = {field.name for field in dataclasses.fields(PreviewConfig)}
+_GROUPS = ("process", "optimizer", "ema", "preview", "evaluation")
+_MONITORING = {field.name for group in (PreviewConfig, EvalConfig) for field in dataclasses.fields(group)}
 _FREE_ON_RESUME = {
     *("steps", "resume", "dry_run", "gpus", "device"),
     *("log_every", "checkpoint_every", "keep_last", "keep_every", "tensorboard", "wandb", "ema_snapshot_every"),
-    *_PREVIEW,
+    *_MONITORING,
     *("compile", "attention", "parallel", "ddp_bf16", "accumulation", "recompute", "cuda_graph", "cache"),
 }
 """What may change when a run continues: nothing that the weights depend on, but for rounding, except its length."""
@@ -56,7 +56,7 @@ def parse(
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
                 config_type,
-                args=list(sys.argv[1:] if argv is None else argv),
+                args=_arguments(argv),
                 prog=f"python -m {program}",
                 config=(tyro.conf.OmitArgPrefixes,),
                 default=tyro.MISSING_NONPROP if default is None else default,
@@ -65,6 +65,12 @@ def parse(
         if not stop.code:
             raise
         raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _arguments(argv: Sequence[str] | None) -> list[str]:
+    """Without a first "--": torchrun takes --run and --num for abbreviations of its own options unless one is there."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return arguments[1:] if arguments[:1] == ["--"] else arguments
 
 
 def _one_line(box: str) -> str:
@@ -87,7 +93,7 @@ def parse_train(argv: Sequence[str] | None = None, agree: Callable[[bool], bool]
     Raises:
         ValueError: an unknown recipe or model, a run that cannot be resumed, or options that would change it.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _arguments(argv)
     first = _peek(arguments)
     if first.resume == AUTO:
         if first.out is None:
@@ -136,6 +142,8 @@ def _parse_resume(arguments: list[str], run: Path) -> TrainConfig:
         # What the processes of a run shared has no meaning for one alone, which may well go on with it.
         saved = dataclasses.replace(saved, parallel="auto", ddp_bf16=False)
     config = parse(TrainConfig, arguments, saved)
+    if saved.evaluation.eval_every and not config.evaluation.eval_every:  # switched off, with all that it had
+        config = dataclasses.replace(config, evaluation=EvalConfig())
     before, after = (_flat(c) for c in (saved, config))
     changed = [name for name in before if before[name] != after[name] and name not in _FREE_ON_RESUME]
     if changed:

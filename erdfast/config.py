@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from erdfast import typed_json
+from erdfast.monitoring import EVAL_PATHS, EvalConfig, PreviewConfig
 from erdfast.process import Process
+from erdfast.typed_json import require as _require
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 SamplePrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -142,27 +143,6 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    """Pictures during training."""
-
-    sample_every: int = 10_000
-    """Steps between sample grids; 0 makes none."""
-    sample_num: int = 20
-    """Pictures in a grid, classes in turn."""
-    sample_steps: int = 18
-    """Steps of the sampler (Heun: two network calls each)."""
-    sample_cfg_scale: float = 2.0
-    """Guidance of the pictures; 1 is none."""
-
-    def validate(self) -> None:
-        """Raise ValueError for a number out of range."""
-        _require("sample_every", self.sample_every, self.sample_every >= 0, "at least 0 (0 makes none)")
-        _require("sample_num", self.sample_num, self.sample_num >= 1, "at least 1")
-        _require("sample_steps", self.sample_steps, self.sample_steps >= 2, "at least 2")
-        _require("sample_cfg_scale", self.sample_cfg_scale, self.sample_cfg_scale >= 0, "at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a diffusion transformer. Without options: the handwritten digits, in minutes on a CPU."""
 
@@ -239,6 +219,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def validate(self) -> None:
         """Raise ValueError for a number out of range, a combination that cannot run, or options of no effect."""
@@ -262,6 +243,7 @@ class TrainConfig:
         self.optimizer.validate()
         self.ema.validate()
         self.preview.validate()
+        self.evaluation.validate()
         self.process.build()
 
     def _validate_prediction(self) -> None:
@@ -289,6 +271,7 @@ class TrainConfig:
                 f"ema_snapshot_every {self.ema.ema_snapshot_every} has no effect without power-function averages: "
                 "name their widths with --ema-std, or set it to 0"
             )
+        self.evaluation.refuse_unused()
 
     def to_json(self) -> str:
         """All options as JSON; `from_json` reads it back."""
@@ -304,10 +287,10 @@ class TrainConfig:
         try:
             values = typed_json.read_object(text)
             _from_older_versions(values)
+            _make_paths(typed_json.inner_object(values, "evaluation"), EVAL_PATHS)
             for name, group in _GROUPS.items():
                 values[name] = typed_json.fill(group, typed_json.inner_object(values, name), name)
-            for name in ("out", "resume"):
-                values[name] = Path(values[name]) if isinstance(values.get(name), str) else values.get(name)
+            _make_paths(values, ("out", "resume"))
             config = typed_json.fill(cls, values, "a training run")
             typed_json.check_types(config)
             if config.dry_run or config.gpus:
@@ -319,11 +302,23 @@ class TrainConfig:
         return config
 
 
-_GROUPS = {"process": ProcessConfig, "optimizer": OptimizerConfig, "ema": EmaConfig, "preview": PreviewConfig}
+_GROUPS = {
+    "process": ProcessConfig,
+    "optimizer": OptimizerConfig,
+    "ema": EmaConfig,
+    "preview": PreviewConfig,
+    "evaluation": EvalConfig,
+}
+
+
+def _make_paths(values: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        values[name] = Path(values[name]) if isinstance(values.get(name), str) else values.get(name)
 
 
 def _from_older_versions(values: dict[str, Any]) -> None:
-    """What version 0.1 wrote, in today's names."""
+    """What older versions wrote, in today's names."""
+    values.setdefault("evaluation", {})
     if "ema" not in values:
         optimizer = typed_json.inner_object(values, "optimizer")
         if "ema_decay" not in optimizer:
@@ -343,8 +338,8 @@ class SampleConfig:
     """Number of samples."""
     classes: tuple[int, ...] = ()
     """Classes to draw, in turn; by default all."""
-    cfg_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    cfg_scale: tuple[float, ...] = (1.0,)
+    """Classifier-free guidance; 1 is none. Several make a file each, samples-cfg1.35.npz say, of the same noise."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Part of the noise axis on which guidance acts: 0 is clean, 1 pure noise."""
     steps: int = 50
@@ -356,7 +351,8 @@ class SampleConfig:
     """Noise levels: edm, vp, logsnr, uniform (equal steps of time), iddpm (discrete schedules); by default edm for
     discrete schedules and for edm_heun and edm_euler, else uniform."""
     out: Path | None = None
-    """grid.png or samples.npz (as ADM's: arr_0 uint8 NHWC, arr_1 labels); by default RUN/samples.png."""
+    """grid.png or samples.npz (as ADM's: arr_0 uint8 NHWC, arr_1 labels); by default RUN/samples.png. An npz is made
+    part by part in FILE.parts: a killed run goes on there."""
     seed: int = 0
     """Image i is a function of the seed and i."""
     batch_size: int = 256
@@ -365,11 +361,28 @@ class SampleConfig:
     """Of the network (fp8 is for training alone); the sampler's state is float32."""
     weights: Path | None = None
     """Averaged weights in place of the newest checkpoint's: a file that `python -m erdfast.ema` made."""
+    compile: bool = False
+    """Compile the network: a minute or more at first, then faster. For many samples."""
+    cuda_graph: bool = False
+    """Launch the network as one CUDA graph: for small networks on a GPU."""
+    vae: Path | None = None
+    """Folder of diffusers' AutoencoderKL, which makes pictures of latents; nothing is downloaded. Without it, latents
+    are shown in false colours."""
+    latent_scale: Literal["auto", "stored", "sd", "edm2"] = "auto"
+    """How latents come from the VAE's own: as the data say, not at all, times its scaling factor, as EDM2 does."""
+    vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In which the VAE computes."""
 
     def validate(self) -> None:
-        """Raise ValueError for a number out of range."""
+        """Raise ValueError for a number out of range, or options that do not go together."""
         _require("num", self.num, 1 <= self.num < 2**31, "at least 1 and below 2^31")
-        _require("cfg_scale", self.cfg_scale, self.cfg_scale >= 0, "at least 0 (1 is none)")
+        for scale in self.cfg_scale:
+            _require("cfg_scale", scale, scale >= 0, "at least 0 (1 is none)")
+        if not self.cfg_scale or len(set(self.cfg_scale)) < len(self.cfg_scale):
+            raise ValueError(f"cfg_scale is {self.cfg_scale}; it must be one or more different numbers")
+        for name in ("latent_scale", "vae_precision"):
+            if self.vae is None and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} goes with --vae FOLDER only")
         low, high = self.interval
         _require("interval", self.interval, 0 <= low <= high <= 1, "two numbers in [0, 1] in order")
         _require_sampling(self.steps, self.seed, self.batch_size)
@@ -424,10 +437,3 @@ def _require_sampling(steps: int, seed: int, batch_size: int) -> None:
     _require("steps", steps, steps >= 1, "at least 1")
     _require("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2^63")
     _require("batch_size", batch_size, 1 <= batch_size < 2**31, "at least 1 and below 2^31")
-
-
-def _require(name: str, value: Any, condition: bool, rule: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; it must be a finite number, {rule}")
-    if not condition:
-        raise ValueError(f"{name} is {value}; it must be {rule}")

@@ -1,7 +1,8 @@
 """`python -m erdfast.evaluate`: measure samples against a reference, or a run on digits.
 
     --samples S.npz [S2.npz ...] --reference R.npz --inception W.pth    FID, sFID, Inception score, precision, recall
-    --samples F.npy --reference G.npy --metrics fd                      Frechet distance of features of any network
+    --samples F.npy --reference G.npy --metrics fd [precision recall]   the same of features of any network
+    --samples S.npz --reference digits                                  digits: pixels as features, label accuracy
     --run RUN                                                           digits: distance in pixel space, label accuracy
 
 Under torchrun the processes share the pictures.
@@ -29,7 +30,7 @@ from erdfast.evaluation.comparison import Row, axis_of, format_table, save_plot,
 from erdfast.evaluation.digits import digits_report
 from erdfast.evaluation.features import Progress
 from erdfast.evaluation.inception_weights import SOURCE
-from erdfast.evaluation.measure import PICTURE_METRICS, check_metrics
+from erdfast.evaluation.measure import KINDS, check_metrics
 from erdfast.evaluation.measurement import Measurement
 from erdfast.published_run import open_run
 from erdfast.sampling import sample
@@ -38,6 +39,7 @@ from erdfast.training.parallel import World, open_world
 
 PICTURES_PER_CALL = {"cuda": 256, "cpu": 32}
 """By default. The first convolutions take 6 MB a picture; larger batches are no faster."""
+DIGITS = Path("digits")
 _OF_RUNS = ("steps", "seed", "precision", "weights")
 _OF_SAMPLES = ("reference", "inception", "x", "x_label", "out", "save_reference", "metrics")
 
@@ -50,11 +52,13 @@ class Evaluate:
     """npz files of ADM: uint8 NHWC pictures `arr_0`; several give a comparison. With --metrics fd, files or folders of
     features: .npy, or .npz and .safetensors with `features`."""
     reference: Path | None = None
-    """npz of ADM (mu, sigma, mu_s, sigma_s, arr_0), or of pictures, or that --save-reference wrote; for fd features."""
+    """npz of ADM (mu, sigma, mu_s, sigma_s, arr_0), or of pictures, or that --save-reference wrote; for fd features;
+    "digits": the real digits of scikit-learn, whose pixels are the features, without --inception."""
     inception: Path | None = None
     """Weights of the FID Inception network, pt_inception-2015-12-05-6726825d.pth; nothing is downloaded."""
-    metrics: tuple[str, ...] = PICTURE_METRICS
-    """Out of fid, sfid, is, precision, recall; or fd."""
+    metrics: tuple[str, ...] = ()
+    """Of pictures out of fid, sfid, is, precision, recall, by default all. Of features fd, if need be with precision
+    and recall. Of digits fd, precision, recall, accuracy, by default all."""
     x: tuple[float, ...] = ()
     """A number for each file of samples, such as its guidance; by default the one in which file names differ."""
     x_label: str | None = None
@@ -77,6 +81,18 @@ class Evaluate:
     """With --run, averaged weights in place of the newest checkpoint's: a file that `python -m erdfast.ema` made."""
 
     @property
+    def kind(self) -> str:
+        """What is measured: a name of KINDS."""
+        if self.reference == DIGITS:
+            return "digits"
+        return "features" if "fd" in self.metrics else "pictures"
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The metrics, those by default included."""
+        return self.metrics or KINDS[self.kind]
+
+    @property
     def record(self) -> Path:
         """The JSON file. Names keep their dots: 35 in cfg1.35 is no suffix."""
         first = self.samples[0]
@@ -96,12 +112,13 @@ class Evaluate:
             self._validate_samples()
 
     def _validate_samples(self) -> None:
-        check_metrics(self.metrics)
+        check_metrics(self.asked, self.kind)
         if self.reference is None and self.metrics != ("is",):
-            raise ValueError(f"--reference is missing: {', '.join(self.metrics)} compare with a reference npz")
-        if "fd" in self.metrics:
+            raise ValueError(f"--reference is missing: {', '.join(self.asked)} compare with a reference npz")
+        if self.kind != "pictures":
             if self.inception is not None or self.save_reference is not None:
-                raise ValueError("--metrics fd takes features as they are: leave out --inception and --save-reference")
+                what = "--metrics fd takes features" if self.kind == "features" else "--reference digits takes pixels"
+                raise ValueError(f"{what} as they are: leave out --inception and --save-reference")
         elif self.inception is None:
             raise ValueError(f"--inception is missing: name the weights of the FID Inception network. {SOURCE}")
         for name, path, suffix in (("out", self.out, ".json"), ("save-reference", self.save_reference, ".npz")):
@@ -142,12 +159,14 @@ def _evaluate_samples(options: Evaluate, world: World) -> None:
         warn=lambda line: _warn(world, line),
     )
     notes: dict[str, object] = {"reference": None if options.reference is None else str(options.reference)}
-    if options.inception is None:
+    if options.kind == "digits":
+        rows = measurement.digits(options.samples, options.asked)
+    elif options.inception is None:
         assert options.reference is not None
-        rows = measurement.features(options.samples, options.reference)
+        rows = measurement.features(options.samples, options.reference, options.asked)
     else:
         rows = measurement.pictures(
-            options.samples, options.reference, options.inception, options.metrics, options.save_reference
+            options.samples, options.reference, options.inception, options.asked, options.save_reference
         )
         notes |= {"inception": str(options.inception), "inception_crc32": f"{checksum(options.inception):08x}"}
     if world.is_main:

@@ -1,70 +1,237 @@
-"""`python -m erdfast.sample`: draw samples from a run's averaged weights, as a picture or an npz file."""
+"""`python -m erdfast.sample`: draw samples from a run's averaged weights, as a picture or an npz file.
+
+Under torchrun the processes share the samples. An npz file that was interrupted goes on where it was.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from erdfast import cli
 from erdfast.config import SampleConfig
 from erdfast.data.images import save_image_grid
-from erdfast.published_run import open_run
-from erdfast.sampling import default_labels, sample, save_npz
+from erdfast.data.store import DTYPES
+from erdfast.data.vae import Decoder, open_decoder
+from erdfast.published_run import PublishedRun, open_run
+from erdfast.sampling import ImageSampler, default_labels
+from erdfast.sampling.drawing import ToPictures, draw_all, draw_parts
+from erdfast.sampling.parts import Parts, begin_parts, rows_per_part
+from erdfast.training.parallel import World, open_world
 
 SUFFIXES = (".png", ".npz")
+MOST_COLUMNS = 20
+"""With more classes than these, a grid is square and every picture has its class above it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run; returns the exit code."""
     config = cli.parse(SampleConfig, argv)
     config.validate()
-    out = config.out or config.run / "samples.png"
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"--out {out} must end in {' or '.join(SUFFIXES)}")
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = open_run(config.run, config.precision, device, config.weights)
-    labels = None
-    if run.model.num_classes:
-        labels = default_labels(config.num, run.model.num_classes, config.classes or None)
-    elif config.classes:
-        raise ValueError(f"--classes {config.classes}: {config.run} was trained without labels")
-    try:  # an impossible --out is noticed before the work, not after it
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    # The delay keeps the bar from being drawn when `sample` refuses an argument at once.
-    with tqdm(total=config.num, unit="image", desc=f"{run.config.model}, step {run.step:,}", delay=0.2) as bar:
+    outs = _outs(config)
+    _check_out(outs)
+    with open_world(torch.device("cuda" if torch.cuda.is_available() else "cpu")) as world:
+        job = _open(config, world)
+        world.first(lambda: _make_folder(outs[0]))
+        for scale, out in zip(config.cfg_scale, outs, strict=True):
+            _draw(job, scale, out, world)
+    return 0
 
-        def advance(done: int, _total: int) -> None:
-            bar.update(done - bar.n)
 
-        images = sample(
-            run.model,
-            run.process,
-            num=config.num,
-            labels=labels,
-            cfg_scale=config.cfg_scale,
+class _Job(NamedTuple):
+    """What all guidance scales share."""
+
+    config: SampleConfig
+    run: PublishedRun
+    decoder: Decoder | None
+    labels: Tensor | None
+
+    @property
+    def to_pictures(self) -> ToPictures:
+        return self.run.dataset.to_images if self.decoder is None else self.decoder.pictures
+
+    def sampler(self, cfg_scale: float) -> ImageSampler:
+        config = self.config
+        return ImageSampler(
+            self.run.model,
+            self.run.process,
+            cfg_scale=cfg_scale,
             interval=config.interval,
             steps=config.steps,
             sampler=config.sampler,
             level_set=config.level_set,
             seed=config.seed,
             batch_size=config.batch_size,
-            autocast_dtype=run.precision.autocast_dtype,
-            progress=advance,
+            autocast_dtype=self.run.precision.autocast_dtype,
+            compile=config.compile,
+            cuda_graph=config.cuda_graph,
         )
-    pictures = run.dataset.to_images(images)
-    if out.suffix == ".npz":
-        save_npz(out, pictures, labels)
+
+    def record(self, sampler: ImageSampler, cfg_scale: float) -> dict[str, Any]:
+        """All that determines the pictures, for going on with the same."""
+        config = self.config
+        return {
+            "cfg_scale": cfg_scale,
+            "interval": config.interval,
+            "steps": config.steps,
+            "sampler": sampler.name,
+            "level_set": config.level_set,
+            "classes": config.classes,
+            "seed": config.seed,
+            "precision": self.run.precision.name,
+            "step": self.run.step,
+            "weights": f"{_fingerprint(self.run.model):08x}",
+            "vae": None if self.decoder is None else self.decoder.fingerprint,
+            "latent_scale": config.latent_scale,
+        }
+
+
+def _open(config: SampleConfig, world: World) -> _Job:
+    run = open_run(config.run, config.precision, world.device, config.weights)
+    labels = None
+    if run.model.num_classes:
+        labels = default_labels(config.num, run.model.num_classes, config.classes or None)
+    elif config.classes:
+        raise ValueError(f"--classes {config.classes}: {config.run} was trained without labels")
+    decoder = None
+    if config.vae is not None:
+        dtype = DTYPES[config.vae_precision]
+        decoder = open_decoder(config.vae, run.dataset, world.device, dtype, config.latent_scale)
+    job = _Job(config, run, decoder, labels)
+    for scale in config.cfg_scale:
+        job.sampler(scale)  # what is impossible is noticed before the work
+    return job
+
+
+def _draw(job: _Job, cfg_scale: float, out: Path, world: World) -> None:
+    """One file."""
+    begun = time.monotonic()
+    count = (_draw_npz if out.suffix == ".npz" else _draw_grid)(job, cfg_scale, out, world)
+    speed = count / (time.monotonic() - begun)
+    if world.is_main:
+        print(f"{job.config.num:,} samples: {out} ({speed:,.1f} images/s)", flush=True)
+
+
+def _draw_npz(job: _Job, cfg_scale: float, out: Path, world: World) -> int:
+    """Returns how many were drawn now, by all processes."""
+    num, shape, sampler = job.config.num, _picture_shape(job), job.sampler(cfg_scale)
+    record = job.record(sampler, cfg_scale) if world.is_main else {}
+    rows = rows_per_part(num, shape, job.config.batch_size, world.size)
+    parts = Parts(out, num, shape, int(world.first(lambda: begin_parts(out, num, shape, rows, record))))
+    missing = parts.missing()
+    world.barrier()  # before any process makes one of them
+    own = missing[world.rank :: world.size]
+    others = set(missing) - set(own)
+    there = num - parts.rows(missing)
+    done = there
+    with _bar(job, cfg_scale, world, there) as bar:
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            others_done = others - set(parts.missing()) if world.is_main else ()
+            bar.update(done + parts.rows(others_done) - bar.n)
+
+        draw_parts(parts, own, sampler, job.to_pictures, job.labels, advance)
+        world.barrier()
+        bar.update(num - bar.n)
+    world.first(lambda: parts.merge(job.labels))
+    return num - there
+
+
+def _draw_grid(job: _Job, cfg_scale: float, out: Path, world: World) -> int:
+    """Returns how many were drawn."""
+    num = job.config.num
+    with _bar(job, cfg_scale, world) as bar:
+
+        def advance(more: int) -> None:
+            bar.update(min(more * world.size, num - bar.n))
+
+        pictures = draw_all(job.sampler(cfg_scale), job.to_pictures, num, job.labels, world, advance)
+    world.first(lambda: _save_grid(job, out, pictures))
+    return num
+
+
+def _save_grid(job: _Job, out: Path, pictures: np.ndarray) -> None:
+    names = job.run.dataset.class_names
+    if job.labels is None or len(names) < 2:
+        save_image_grid(out, pictures)
+        return
+    columns = len(job.config.classes) or len(names)
+    if 1 < columns <= MOST_COLUMNS:
+        heads = [names[label] for label in (job.config.classes or range(columns))]
+        save_image_grid(out, pictures, columns=columns, column_labels=heads)
     else:
-        chosen = len(config.classes) or run.model.num_classes
-        save_image_grid(out, pictures, columns=chosen if 1 < chosen <= 20 else None)
-    print(f"{config.num} samples: {out}")
-    return 0
+        save_image_grid(out, pictures, captions=[names[label] for label in job.labels.tolist()])
+
+
+def _bar(job: _Job, cfg_scale: float, world: World, initial: int = 0) -> tqdm:
+    name = f"{job.run.config.model}, step {job.run.step:,}"
+    if len(job.config.cfg_scale) > 1:
+        name += f", cfg {cfg_scale:g}"
+    return tqdm(
+        total=job.config.num,
+        initial=initial,
+        unit="image",
+        desc=name,
+        dynamic_ncols=True,
+        delay=0.5,  # not before it is known that arguments and files are good
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs few lines
+        disable=not world.is_main,
+    )
+
+
+def _picture_shape(job: _Job) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    latent = job.run.dataset.shape
+    if job.decoder is not None:
+        channels, height, width = job.decoder.shape(latent)
+        return height, width, channels
+    return job.to_pictures(torch.zeros(1, *latent)).shape[1:]
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """CRC-32 of all weights."""
+    value = 0
+    for tensor in model.state_dict().values():
+        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _outs(config: SampleConfig) -> list[Path]:
+    """One file per guidance scale: samples.npz, or samples-cfg1.npz, samples-cfg1.35.npz."""
+    out = config.out or config.run / "samples.png"
+    if len(config.cfg_scale) == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-cfg{scale:g}{out.suffix}") for scale in config.cfg_scale]
+
+
+def _check_out(outs: Sequence[Path]) -> None:
+    for out in outs:
+        if out.suffix not in SUFFIXES:
+            raise ValueError(f"--out {out} must end in {' or '.join(SUFFIXES)}")
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder")
+
+
+def _make_folder(out: Path) -> None:
+    """An impossible --out is noticed before the work, not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: TrainConfig, world: World) -> Path | None:
     """The run directory, once the run is at its last step; None if a signal ended it before."""
+    from erdfast.training.measures import open_measure
     from erdfast.training.metrics import import_wandb
     from erdfast.training.run_directory import create_run_directory, lock_run
     from erdfast.training.trainer import Trainer
@@ -57,13 +58,14 @@ def _train(config: TrainConfig, world: World) -> Path | None:
     check_attention(
         network_config(config, dataset), resolve_precision(config.precision, world.device).dtype, world.device
     )
+    measure = open_measure(config, dataset, world, say)
     if config.resume is None:
         run = Path(world.first(lambda: create_run_directory(config)))
     else:
         run = config.resume
     with contextlib.ExitStack() as stack:
         world.first(lambda: stack.enter_context(lock_run(run)))
-        trainer = Trainer(config, dataset, run, world, say=say)
+        trainer = Trainer(config, dataset, run, world, say=say, measure=measure)
         if config.resume is not None:
             _resume(trainer, config, run, say)
         say(f"{trainer.describe()}; run directory {run}")
@@ -99,7 +101,7 @@ def resolve(config: TrainConfig, device: torch.device, say=print) -> TrainConfig
     data = "mixture" if config.data is None else config.data
     if data not in ("", "digits", "mixture") and Path(data).exists():
         data = str(Path(data).resolve())  # a resumed run may start from another folder
-    return dataclasses.replace(config, data=data, precision=precision)
+    return dataclasses.replace(config, data=data, precision=precision, evaluation=config.evaluation.absolute())
 
 
 def dry_run(config: TrainConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import reprlib
 import types
 import typing
@@ -81,3 +82,14 @@ def _is_of_type(value: Any, declared: Any) -> bool:
     if declared in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if declared is float else declared)
+
+
+def require(name: str, value: Any, condition: bool, rule: str) -> None:
+    """Raise ValueError, naming the option, its value and the rule, unless the condition holds.
+
+    A float that is not finite never passes: comparisons with NaN are false in either direction.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number, {rule}")
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {rule}")

@@ -16,6 +16,7 @@ from erdfast import cli, config, presets
 from erdfast.config import (
     EmaConfig,
     EmaReconstruction,
+    EvalConfig,
     EvaluateConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -24,9 +25,9 @@ from erdfast.config import (
     TrainConfig,
 )
 
-CONFIGS = [ProcessConfig, OptimizerConfig, EmaConfig, PreviewConfig, TrainConfig]
-CONFIGS += [SampleConfig, EvaluateConfig, EmaReconstruction]
-GROUPS = {"process", "optimizer", "ema", "preview"}
+IN_A_RUN = [ProcessConfig, OptimizerConfig, EmaConfig, PreviewConfig, EvalConfig]
+CONFIGS = [*IN_A_RUN, TrainConfig, SampleConfig, EvaluateConfig, EmaReconstruction]
+GROUPS = {"process", "optimizer", "ema", "preview", "evaluation"}
 
 
 def documented(config_type: type) -> dict[str, str]:
@@ -68,7 +69,7 @@ def test_every_field_is_explained(config_type):
 
 @pytest.mark.parametrize(
     ("config_type", "entry_point"),
-    [(kind, TrainConfig) for kind in CONFIGS[:4]]
+    [(kind, TrainConfig) for kind in IN_A_RUN]
     + [(SampleConfig, SampleConfig), (EvaluateConfig, EvaluateConfig)]
     + [(EmaReconstruction, EmaReconstruction)],
 )
@@ -80,7 +81,7 @@ def test_help_shows_every_flag_with_its_docstring(config_type, entry_point):
 
 
 def test_names_are_unique_over_all_groups():
-    names = [field.name for kind in CONFIGS[:4] for field in dataclasses.fields(kind)]
+    names = [field.name for kind in (*IN_A_RUN, TrainConfig) for field in dataclasses.fields(kind)]
     assert len(names) == len(set(names))  # flags carry no prefix
 
 
@@ -175,6 +176,12 @@ LIMITS = {
         "sample_steps": ([1, 0], [2]),
         "sample_cfg_scale": ([-0.1, NAN, INF], [0.0, 1.0]),
     },
+    EvalConfig: {
+        "eval_every": ([-1], [0, 1]),
+        "eval_num": ([3, -1, 2**31], [4, 50_000]),
+        "eval_steps": ([1, 0], [2]),
+        "eval_cfg_scale": ([-0.1, NAN, INF], [0.0, 1.0]),
+    },
     EmaReconstruction: {
         "std": ([0.009, 0.26, NAN], [0.01, 0.25]),
         "step": ([0, -1], [1]),
@@ -193,7 +200,7 @@ LIMITS = {
     },
     SampleConfig: {
         "num": ([0, -1], [1]),
-        "cfg_scale": ([-1.0, NAN, INF], [0.0, 1.0]),
+        "cfg_scale": ([(-1.0,), (1.0, NAN), (INF,)], [(0.0,), (1.0, 1.35)]),
         "interval": ([(0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.0, NAN)], [(0.0, 0.0), (0.2, 0.8)]),
         "steps": ([0], [1]),
         "seed": ([-1], [0]),
@@ -242,7 +249,7 @@ def test_limits(config_type, name):
     for value in bad:
         with pytest.raises(ValueError, match=name) as caught:
             check(config_type, **{**context, name: value})
-        wrong = value[-1] if name in ("ema_decay", "ema_std") else value  # the one that is named
+        wrong = value[-1] if name in ("ema_decay", "ema_std", "cfg_scale") else value  # the one that is named
         assert str(wrong) in str(caught.value)
 
 
@@ -250,9 +257,13 @@ def test_groups_are_checked_with_the_run():
     for group, bad in (
         ("optimizer", OptimizerConfig(lr=-1.0)),
         ("preview", PreviewConfig(sample_num=0)),
+        ("evaluation", EvalConfig(eval_num=1)),
+        ("evaluation", EvalConfig(eval_metrics=("fid", "kid"))),
+        ("evaluation", EvalConfig(eval_metrics=())),
+        ("evaluation", EvalConfig(eval_metrics=("is", "is"))),
         ("process", ProcessConfig(target="nonsense")),
     ):
-        with pytest.raises(ValueError, match=r"lr|sample_num|nonsense"):
+        with pytest.raises(ValueError, match=r"lr|sample_num|nonsense|eval_num|eval_metrics"):
             TrainConfig(**{group: bad}).validate()  # pyright: ignore[reportArgumentType]  # one group each
 
 
@@ -274,6 +285,8 @@ def test_options_of_the_process_are_those_of_Process():
         ({"ddp_bf16": True, "parallel": "none"}, "ddp_bf16 has no effect with parallel none: choose ddp or auto"),
         ({"ddp_bf16": True, "parallel": "fsdp"}, "ddp_bf16 has no effect with parallel fsdp"),
         ({"ema": EmaConfig(ema_snapshot_every=9)}, "ema_snapshot_every 9 has no effect without power-function"),
+        ({"evaluation": EvalConfig(eval_num=9)}, "eval_num 9 has no effect without eval_every: say with --eval-every"),
+        ({"evaluation": EvalConfig(eval_vae=Path("v"))}, "eval_vae v has no effect without eval_every"),
     ],
 )
 def test_options_of_no_effect_are_refused_but_read(options, message):
@@ -290,5 +303,6 @@ def test_options_that_have_an_effect_are_taken():
         {"ddp_bf16": True, "parallel": "ddp"},
         {"ddp_bf16": True},
         {"ema": EmaConfig(ema_std=(0.1,), ema_snapshot_every=9)},
+        {"evaluation": EvalConfig(eval_every=10, eval_num=9, eval_reference=Path("r.npz"))},
     ):
         TrainConfig(**options).validate()  # pyright: ignore[reportArgumentType]  # of several types

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from erdfast.data import FileDataset, convert
 from erdfast.data.store import MANIFEST
 from erdfast.data.vae import Encoder
 from tests.runs import ROOT, refused, words
+from tests.vaes import save_tiny_vae
 
 SIDE = 16
 
@@ -40,20 +41,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """A VAE of four latent channels and two pixels per latent, as diffusers saves it."""
-    pytest.importorskip("diffusers")
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    made = cast(Any, AutoencoderKL)(  # whose annotations know tuples of one alone
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    made.save_pretrained(str(folder))
-    return folder
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 def everything(path, flips=None):
@@ -93,6 +81,10 @@ def test_edm2_scale(tmp_path, pictures, vae):
     torch.testing.assert_close(got.x[:, 4:], 0.5 * std / raw_std, rtol=1e-4, atol=1e-6)
     assert got.moments_scale == 1.0
     assert not FileDataset(tmp_path / "edm2").has_flips
+    units = FileDataset(tmp_path / "edm2").vae_units
+    assert units is not None
+    assert units.zero_to_one
+    torch.testing.assert_close(units.affine.scale, 0.5 / raw_std)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

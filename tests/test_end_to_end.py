@@ -1,6 +1,7 @@
 """The entry points together: train, sample, evaluate, as a user would call them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -135,7 +136,9 @@ def test_guidance_outside_its_interval_does_nothing(run, tmp_path):
 def test_a_picture_by_default(run, tmp_path, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     assert sample.main(["--run", str(copy), "--num", "20", "--steps", "2"]) == 0
-    assert capsys.readouterr().out == f"20 samples: {copy}/samples.png\n"
+    assert re.fullmatch(
+        rf"20 samples: {re.escape(str(copy))}/samples\.png \([\d,.]+ images/s\)\n", capsys.readouterr().out
+    )
     with Image.open(copy / "samples.png") as picture:
         width, height = picture.size
         assert width > 3 * height  # ten classes side by side in two rows

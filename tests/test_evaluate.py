@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from erdfast import evaluate
+from erdfast.evaluation.digits import load_real_digits
 from tests.evaluation.inception_files import save_pictures, save_weights, use_small_network
 from tests.runs import ROOT, refused, single_thread, words
 
@@ -82,9 +84,54 @@ def test_features_of_any_network(folder, capsys):
     assert json.loads(Path("f.metrics.json").read_text())["samples"][0]["fd"] > 0.0
 
 
+def save_digits(name: str, count: int = 1797, shift: int = 0) -> None:
+    """Real digits as erdfast.sample would write them."""
+    images, labels = load_real_digits()
+    pixels = ((images[:count] + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    np.savez(name, arr_0=pixels.numpy(), arr_1=(labels[:count].numpy() + shift) % 10)
+
+
+def test_digits_against_the_real_ones(folder, capsys):
+    save_digits("all.npz")
+    save_digits("some-1.npz", 600)
+    save_digits("some-2.npz", 600, shift=1)
+    assert evaluate.main(words("--samples all.npz some-1.npz some-2.npz --reference digits --out d.json")) == 0
+    assert "accuracy" in capsys.readouterr().out.splitlines()[0]
+    whole, right, wrong = json.loads(Path("d.json").read_text())["samples"]
+    assert whole["fd"] == pytest.approx(0.0, abs=1e-3)  # pictures have 256 levels
+    assert (whole["precision"], whole["recall"]) == (1.0, 1.0)
+    assert right["precision"] == 1.0
+    assert right["recall"] < 1.0
+    assert right["fd"] > 0.05
+    assert right["accuracy"] > 0.95
+    assert wrong["accuracy"] < 0.05
+    assert evaluate.main(words("--samples all.npz --reference digits --metrics recall")) == 0
+    np.savez("bare.npz", arr_0=np.load("all.npz")["arr_0"])
+    assert evaluate.main(words("--samples bare.npz --reference digits --metrics fd precision")) == 0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((9, 16, 16, 3), np.uint8)}, "pictures of 8x8 pixels, these are 16x16"),
+        ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8)}, "accuracy needs labels, an array 'arr_1'"),
+        ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8), "arr_1": np.arange(9) + 2}, "'arr_1' must be integers in 0..9"),
+        ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8), "arr_1": np.arange(8)}, "'arr_1' must be 9, it is 8"),
+        ({"arr_0": np.arange(9 * 8 * 8 * 3, dtype=np.uint8).reshape(9, 8, 8, 3)}, "coloured"),
+    ],
+)
+def test_other_pictures_are_no_digits(folder, capsys, arrays, message):
+    np.savez("other.npz", **arrays)
+    line = refused(capsys, evaluate.main, words("--samples other.npz --reference digits"))
+    assert "other.npz: " in line
+    assert message in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        ("--samples s-cfg1.0.npz --reference digits --inception w.pth", ["leave out --inception"]),
+        ("--samples s-cfg1.0.npz --reference digits --metrics fid", ["metric fid is not of digits"]),
         ("", ["--samples", "--run"]),
         ("--samples s-cfg1.0.npz --run runs/x", ["choose one of --samples", "--run"]),
         ("--run runs/x --metrics is", ["--metrics goes with --samples only"]),

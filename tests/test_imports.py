@@ -18,23 +18,32 @@ ALLOWED: dict[str, set[str]] = {
     "erdfast": set(),
     "erdfast.philox": {"torch"},
     "erdfast.atomic": set(),
+    "erdfast.group": {"torch"},
     "erdfast.tensor_files": {"torch", "safetensors"},
     "erdfast.kernels": {"torch", "triton"},
     "erdfast.process": {"torch", "erdfast.philox"},
     "erdfast.ops": {"torch", "erdfast.philox"},
-    "erdfast.models": {"torch", "numpy", "safetensors", "erdfast.ops"},
+    "erdfast.typed_json": set(),
+    "erdfast.job_file": {"erdfast.atomic"},
+    "erdfast.models": {
+        *("torch", "numpy", "safetensors", "erdfast.ops"),
+        *("erdfast.atomic", "erdfast.tensor_files", "erdfast.typed_json"),
+    },
     "erdfast.presets": {"torch", "erdfast.models"},
     "erdfast.data": {
         *("torch", "numpy", "sklearn", "h5py", "PIL", "diffusers"),
-        *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files"),
+        *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files", "erdfast.job_file"),
     },
-    "erdfast.sampling": {"torch", "numpy", "erdfast.philox", "erdfast.process", "erdfast.atomic"},
+    "erdfast.sampling": {
+        *("torch", "numpy", "typing_extensions"),
+        *("erdfast.philox", "erdfast.process", "erdfast.atomic", "erdfast.job_file", "erdfast.data", "erdfast.group"),
+    },
     "erdfast.evaluation": {
         *("torch", "numpy", "sklearn", "safetensors", "matplotlib"),
-        *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data"),
+        *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data", "erdfast.group"),
     },
-    "erdfast.typed_json": set(),
-    "erdfast.config": {"erdfast.process", "erdfast.typed_json"},
+    "erdfast.monitoring": {"erdfast.typed_json"},
+    "erdfast.config": {"erdfast.process", "erdfast.typed_json", "erdfast.monitoring"},
 }
 ALLOWED["erdfast.training"] = {
     "torch",
@@ -45,10 +54,17 @@ ALLOWED["erdfast.training"] = {
     "PIL",
     "wandb",
     "erdfast",
-    *(name for name in ALLOWED if name not in ("erdfast.kernels", "erdfast.evaluation")),
+    *(name for name in ALLOWED if name != "erdfast.kernels"),
 }
 ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run"}
-ENTRY_POINTS |= {"erdfast.train", "erdfast.sample", "erdfast.evaluate", "erdfast.ema", "erdfast.encode"}
+ENTRY_POINTS |= {
+    "erdfast.train",
+    "erdfast.sample",
+    "erdfast.evaluate",
+    "erdfast.ema",
+    "erdfast.encode",
+    "erdfast.export",
+}
 EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard", "wandb"}
 """Optional dependencies: imported where they are used, never when a module is."""
 

@@ -7,9 +7,9 @@ import pytest
 from erdfast import cli, presets
 from erdfast.config import TrainConfig
 from erdfast.presets import MODELS, RECIPES, recipe, recipe_of_model
-from tests.test_config import CONFIGS
+from tests.test_config import GROUPS, IN_A_RUN
 
-FIELDS = {field.name: field for kind in CONFIGS[:5] for field in dataclasses.fields(kind)}
+FIELDS = {field.name: field for kind in (*IN_A_RUN, TrainConfig) for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -21,11 +21,7 @@ def test_recipes_are_runs(name):
     assert config.model in MODELS
     for key, value in recipe(name).items():
         group = next(
-            (
-                getattr(config, g)
-                for g in ("process", "optimizer", "ema", "preview")
-                if hasattr(getattr(config, g), key)
-            ),
+            (getattr(config, g) for g in GROUPS if hasattr(getattr(config, g), key)),
             config,
         )
         assert getattr(group, key) == value

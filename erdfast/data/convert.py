@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erdfast.atomic import write_text
+from erdfast.job_file import begin_job
 from erdfast.tensor_files import checksum, replace_tensors
 
 from .dataset import Batch
 from .files import FileDataset
 from .rows import read_safetensors
-from .store import DTYPES, JOB, MANIFEST, Manifest, Part, part_name, write_manifest
+from .store import DTYPES, JOB, MANIFEST, Manifest, Part, part_name, units_to_json, write_manifest
 from .vae import Encoder
 
 Advance = Callable[[int], object]
@@ -54,8 +54,13 @@ class Writer:
     def _manifest(self, dtype: str) -> Manifest:
         first = self._stored(torch.zeros(1, dtype=torch.int64))
         note, scale = self.dataset.note, self.dataset.gather(torch.zeros(1, dtype=torch.int64)).moments_scale
+        units = self.dataset.vae_units
         if self.encoder is not None:
-            note, scale = self.encoder.scaling.note, self.encoder.scaling.moments_scale
+            note, scale, units = (
+                self.encoder.scaling.note,
+                self.encoder.scaling.moments_scale,
+                self.encoder.network_units,
+            )
         names, classes = self.dataset.class_names, self.dataset.num_classes
         return Manifest(
             kind=self.kind,
@@ -67,6 +72,7 @@ class Writer:
             flips=self.flips,
             note=note,
             origin=self.dataset.describe(),
+            vae_units=units_to_json(units),
             class_names=tuple(names) if names != [str(label) for label in range(classes)] else (),
         )
 
@@ -154,22 +160,11 @@ def begin(out: Path, writer: Writer, plan: Plan) -> bool:
     """
     job = {**json.loads(writer.manifest.to_json()), "ranges": len(plan.ranges)}
     job |= {"data": writer.dataset.fingerprint(), "vae": writer.encoder and writer.encoder.fingerprint}
-    if (out / JOB).exists():
-        for left in out.glob(".*.partial"):  # of a process that was killed
-            left.unlink(missing_ok=True)
-        begun = json.loads((out / JOB).read_text())
-        different = [name for name in job if begun.get(name) != job[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{out} was begun with {name} {begun.get(name)!r}, which is now {job[name]!r}: choose another --out"
-            )
-        return (out / MANIFEST).exists()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    begun = (out / JOB).exists()
+    if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and was not made by erdfast.encode: choose a new or empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / JOB, json.dumps(job, indent=1) + "\n")
-    return False
+    begin_job(out / JOB, job)
+    return begun and (out / MANIFEST).exists()
 
 
 def write_parts(out: Path, writer: Writer, plan: Plan, advance: Advance, *, rank: int = 0, size: int = 1) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .source import VaeUnits
 
 Shape = tuple[int, int, int]
 """(C, H, W) of what the network denoises."""
@@ -41,6 +44,9 @@ class Dataset(ABC):
 
     has_flips: bool = False
     """Whether samples can be had mirrored: pixels, and latents that are stored with their mirror images."""
+
+    vae_units: VaeUnits | None = None
+    """Of latents: how they come from a VAE's own, where the data say it."""
 
     @abstractmethod
     def __len__(self) -> int:

@@ -73,6 +73,7 @@ class FileDataset(Dataset):
         except DAMAGE as error:  # reading rows for the first time: data elsewhere that are missing, say
             raise ValueError(f"{path}: cannot be read: {error or type(error).__name__}") from error
         self.has_flips = source.kind == "pixels" or source.flipped is not None
+        self.vae_units = source.units
 
     def __len__(self) -> int:
         return len(self._source.rows)

@@ -28,7 +28,7 @@ from .sample_files import (
     list_files,
     list_members,
 )
-from .source import Source
+from .source import SD_VAE_SCALE, Source, factor_units
 
 _LABELS = "dataset.json"
 _NUMBERED = re.compile(r"\d{5}/img\d+\.\w+")
@@ -115,7 +115,8 @@ def _open_fast_dit(features: Path, labels: Path) -> Source:
         raise ValueError(f"{len(missing)} files are in only one of {features.name} and {labels.name}: {min(missing)}")
     rows = SampleRows(FolderFiles(features, names), _without_batch, features)
     found = _read(SampleRows(FolderFiles(labels, names), decode_npy, labels))
-    return Source(rows, found.reshape(-1), "latents", "as stored")
+    units = factor_units(SD_VAE_SCALE, rows.shape[0]) if len(rows.shape) == 3 else None  # done before they are stored
+    return Source(rows, found.reshape(-1), "latents", "as stored", units=units)
 
 
 def _without_batch(data: bytes) -> np.ndarray:

@@ -30,7 +30,7 @@ from .dataset import Shape, format_shape
 from .folders import open_sample_folder, open_zip
 from .rows import Rows, ShardedRows, read_hdf5, read_npy, read_npz, read_safetensors
 from .sample_files import is_hidden
-from .source import DAMAGE, Affine, Source, guarded
+from .source import DAMAGE, Affine, Source, VaeUnits, guarded
 from .store import JOB, MANIFEST, open_store
 
 
@@ -140,6 +140,7 @@ def join(sources: list[Source], paths: list[Path], affine: Affine | None = None)
         labels=torch.cat(labels) if labels else None,
         note="as stored" if affine is None else "normalised by latents_stats.pt",
         affine=affine,
+        units=None if affine is None else VaeUnits(affine),
     )
 
 

@@ -23,6 +23,8 @@ def image_grid(
     *,
     columns: int | None = None,
     row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
     cell: int = 64,
     gap: int | None = None,
 ) -> Image:
@@ -35,6 +37,8 @@ def image_grid(
         images: (N, H, W, C) uint8 with C = 1 (grey) or 3, N >= 1.
         columns: pictures per row; by default the smallest number that makes the grid no higher than wide.
         row_labels: one short text per row, written to its left.
+        column_labels: one per column, written above it.
+        captions: one per picture, written above it; what is longer than the picture is wide is cut.
         cell: pictures narrower than this many pixels are enlarged up to it.
         gap: white pixels between pictures; by default a sixteenth of the picture, at least 2.
 
@@ -49,22 +53,31 @@ def image_grid(
     if columns < 1 or cell < 1:
         raise ValueError(f"columns and cell must be at least 1, got columns={columns}, cell={cell}")
     rows = math.ceil(total / columns)
-    if row_labels is not None and len(row_labels) != rows:
-        raise ValueError(f"{rows} rows need {rows} row_labels, got {len(row_labels)}")
+    texts = (("row_labels", row_labels, rows), ("column_labels", column_labels, columns), ("captions", captions, total))
+    for name, labels, count in texts:
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{total} images in {columns} columns need {count} {name}, got {len(labels)}")
     factor = max(1, cell // width)
     height, width = height * factor, width * factor
     gap = max(2, width // 16) if gap is None else gap
     font = _font(height)
-    margin = _label_width(row_labels, font, gap)
+    margin, line = _label_width(row_labels, font, gap), math.ceil(1.3 * _font_size(height))
+    top, pitch = (line if column_labels else 0), height + gap + (line if captions else 0)
 
-    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), BACKGROUND)
+    sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, top + rows * pitch + gap), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for index, picture in enumerate(rgb):
         row, column = divmod(index, columns)
+        left, below = margin + gap + column * (width + gap), top + gap + (row + 1) * pitch - gap
         enlarged = picture.repeat(factor, axis=0).repeat(factor, axis=1)
-        sheet.paste(Image.fromarray(enlarged), (margin + gap + column * (width + gap), gap + row * (height + gap)))
+        sheet.paste(Image.fromarray(enlarged), (left, below - height))
+        if captions:
+            draw.text((left, below - height - 2), _fitting(captions[index], font, width), TEXT, font, anchor="ls")
     for row, label in enumerate(row_labels or ()):
-        draw.text((margin, gap + row * (height + gap) + height // 2), label, TEXT, font, anchor="rm")
+        draw.text((margin, top + gap + (row + 1) * pitch - gap - height // 2), label, TEXT, font, anchor="rm")
+    for column, label in enumerate(column_labels or ()):
+        centre = margin + gap + column * (width + gap) + width // 2
+        draw.text((centre, top), _fitting(label, font, width), TEXT, font, anchor="ms")
     return sheet
 
 
@@ -81,10 +94,15 @@ def save_image_grid(
     *,
     columns: int | None = None,
     row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
     cell: int = 64,
 ) -> None:
     """`image_grid` of (N, H, W, C) uint8 pictures, written by `save_png`."""
-    save_png(path, image_grid(images, columns=columns, row_labels=row_labels, cell=cell))
+    sheet = image_grid(
+        images, columns=columns, row_labels=row_labels, column_labels=column_labels, captions=captions, cell=cell
+    )
+    save_png(path, sheet)
 
 
 def _as_rgb(images: np.ndarray) -> np.ndarray:
@@ -98,7 +116,20 @@ def _as_rgb(images: np.ndarray) -> np.ndarray:
 def _font(height: int):
     from PIL import ImageFont
 
-    return ImageFont.load_default(size=min(28, max(10, round(0.3 * height))))
+    return ImageFont.load_default(size=_font_size(height))
+
+
+def _font_size(height: int) -> int:
+    return min(28, max(10, round(0.3 * height)))
+
+
+def _fitting(text: str, font, width: int) -> str:
+    """The text, or as much of it as `width` pixels hold."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return f"{text}…" if text else ""
 
 
 def _label_width(labels: Sequence[str] | None, font, gap: int) -> int:

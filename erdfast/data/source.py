@@ -70,6 +70,29 @@ class Affine(NamedTuple):
         return torch.cat([mean * self.scale + self.bias, std * self.scale], dim=1)
 
 
+class VaeUnits(NamedTuple):
+    """How the network's values come from a VAE's own latents, and which range of pictures that VAE was given."""
+
+    affine: Affine
+    zero_to_one: bool = False
+    """Pictures in [0, 1] in place of [-1, 1]."""
+
+
+def factor_units(factor: float, channels: int, shift: float = 0.0) -> VaeUnits:
+    """(latent - shift) * factor in every channel."""
+    scale = torch.full((channels, 1, 1), factor)
+    return VaeUnits(Affine(scale, -shift * scale))
+
+
+def edm2_units(channels: int) -> VaeUnits:
+    """EDM2's: of pictures in [0, 1], whitened.
+
+    Raises:
+        ValueError: other than four channels.
+    """
+    return VaeUnits(edm2_whitening(channels), zero_to_one=True)
+
+
 class Source(NamedTuple):
     """What a file holds."""
 
@@ -89,6 +112,8 @@ class Source(NamedTuple):
     """Where the format says it; otherwise the largest label plus 1."""
     scale: str = "stored"
     """Of `SCALES`: what this format's own code does; auto is for formats that more than one project writes."""
+    units: VaeUnits | None = None
+    """Of what `affine` and `moments_scale` make of the rows; None where the data do not say it."""
 
 
 def rescaled(source: Source, asked: str) -> Source:
@@ -109,15 +134,19 @@ def rescaled(source: Source, asked: str) -> Source:
     if chosen == "auto":
         chosen = _guess(source)
     moments = source.kind == "moments"
-    source = source._replace(affine=None, note="as stored", moments_scale=1.0 if moments else None)
+    raw = source.scale != "stored" or source.affine is not None  # this format holds what the VAE gave
+    units = factor_units(1.0, _channels(source)) if raw else None
+    source = source._replace(affine=None, note="as stored", moments_scale=1.0 if moments else None, units=units)
     if chosen == "edm2":
         note = f"given to the VAE in [0, 1], whitened to std {_EDM2_FINAL_STD} (EDM2)"
-        return source._replace(affine=edm2_whitening(_channels(source)), note=note)
+        units = edm2_units(_channels(source))
+        return source._replace(affine=units.affine, note=note, units=units)
+    units = factor_units(SD_VAE_SCALE, _channels(source))
     if chosen == "sd" and moments:
-        return source._replace(moments_scale=SD_VAE_SCALE, note=f"posterior draws times {SD_VAE_SCALE}")
+        note = f"posterior draws times {SD_VAE_SCALE}"
+        return source._replace(moments_scale=SD_VAE_SCALE, note=note, units=units)
     if chosen == "sd":
-        factor = torch.full((_channels(source), 1, 1), SD_VAE_SCALE)
-        return source._replace(affine=Affine(factor, torch.zeros_like(factor)), note=f"times {SD_VAE_SCALE}")
+        return source._replace(affine=units.affine, note=f"times {SD_VAE_SCALE}", units=units)
     return source
 
 

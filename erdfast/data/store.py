@@ -20,7 +20,7 @@ from erdfast.atomic import write_text
 from erdfast.tensor_files import checksum
 
 from .rows import Loaders, Rows, ShardedRows, read_safetensors
-from .source import Source
+from .source import Affine, Source, VaeUnits
 
 MANIFEST = "erdfast.json"
 JOB = ".job.json"
@@ -61,6 +61,8 @@ class Manifest:
     origin: str
     """What they were made from."""
     class_names: tuple[str, ...] = ()
+    vae_units: dict[str, Any] | None = None
+    """How the network's values come from a VAE's own: `scale` and `bias` per channel, `zero_to_one` (see VaeUnits)."""
     parts: tuple[Part, ...] = field(default=())
 
     def to_json(self) -> str:
@@ -96,11 +98,39 @@ def _check(manifest: Manifest) -> None:
     scale = manifest.moments_scale
     if scale is not None and not (type(scale) in (int, float) and 0 < scale < float("inf")):
         raise ValueError(f"moments_scale {scale!r}")
+    units_from_json(manifest.vae_units)
     texts = (manifest.note, manifest.origin, manifest.dtype, *manifest.class_names)
     if not all(isinstance(text, str) for text in texts) or type(manifest.flips) is not bool:
         raise ValueError("note, origin, dtype and class_names must be texts, flips true or false")
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
+def units_to_json(units: VaeUnits | None) -> dict[str, Any] | None:
+    """As `Manifest.vae_units` holds them."""
+    if units is None:
+        return None
+    numbers = {name: getattr(units.affine, name).flatten().tolist() for name in ("scale", "bias")}
+    return {**numbers, "zero_to_one": units.zero_to_one}
+
+
+def units_from_json(values: dict[str, Any] | None) -> VaeUnits | None:
+    """The contrary of `units_to_json`.
+
+    Raises:
+        ValueError: they are no such thing.
+    """
+    if values is None:
+        return None
+    try:
+        scale, bias = (torch.tensor(values[name], dtype=torch.float32) for name in ("scale", "bias"))
+        zero_to_one = values["zero_to_one"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"vae_units {values!r}") from error
+    good = scale.ndim == 1 and scale.shape == bias.shape and scale.isfinite().all() and bias.isfinite().all()
+    if not good or not (scale > 0).all() or type(zero_to_one) is not bool:
+        raise ValueError(f"vae_units {values!r}")
+    return VaeUnits(Affine(scale.view(-1, 1, 1), bias.view(-1, 1, 1)), zero_to_one)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -143,6 +173,7 @@ def open_store(folder: Path) -> Source:
         kind=manifest.kind,
         note=manifest.note,
         moments_scale=manifest.moments_scale,
+        units=units_from_json(manifest.vae_units),
         flipped=(ShardedRows(flipped) if len(flipped) > 1 else flipped[0]) if flipped else None,
         class_names=manifest.class_names,
         num_classes=manifest.num_classes,

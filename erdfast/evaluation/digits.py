@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from erdfast.evaluation.frechet import FeatureStatistics
+from erdfast.evaluation.frechet import FeatureStatistics, Gaussian
 
 SampleDigits = Callable[[Tensor, float], Tensor]
 """(labels (N,) int64, cfg_scale) -> images (N, 1, 8, 8), pixels in [-1, 1]."""
@@ -72,11 +74,35 @@ def real_halves_distance(images: Tensor, splits: int = 8) -> float:
 
 def recognised_share(images: Tensor, labels: Tensor) -> float:
     """Share of images that a support vector classifier, trained on the real digits, takes for their label."""
+    return float(np.mean(_classifier().predict(images.flatten(1).numpy()) == labels.numpy()))
+
+
+@cache
+def _classifier() -> Any:
     from sklearn.svm import SVC
 
     real, real_labels = load_real_digits()
-    classifier = SVC().fit(real.flatten(1).numpy(), real_labels.numpy())
-    return float(np.mean(classifier.predict(images.flatten(1).numpy()) == labels.numpy()))
+    return SVC().fit(real.flatten(1).numpy(), real_labels.numpy())
+
+
+class KnownDigits:
+    """The real digits as something that samples are compared with batch by batch, as `digits_report` does at once.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+    """
+
+    def __init__(self) -> None:
+        self.gaussian: Gaussian = FeatureStatistics.of(load_real_digits()[0]).gaussian()
+        """Mean and covariance of the features of real digits."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 1, 8, 8) => (B, 64): the pixels, clipped to [-1, 1]."""
+        return images.clamp(-1.0, 1.0).flatten(1)
+
+    def num_recognised(self, images: Tensor, labels: Tensor) -> int:
+        """How many of (B, 1, 8, 8) images look like their (B,) labels; see `recognised_share`."""
+        return round(recognised_share(images.clamp(-1.0, 1.0), labels) * len(labels))
 
 
 def digits_report(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from erdfast.data.rows import Rows
+from erdfast.group import ALONE, Group
 
 from .frechet import FeatureStatistics, Gaussian
-from .group import ALONE, Group
 from .inception import InceptionNetwork, full_precision
 from .inception_score import InceptionScore
 
@@ -49,7 +49,77 @@ class Summary:
     """(N, 2048) float32 on the CPU, in the order of the pictures."""
 
 
-@torch.inference_mode()
+class ImageSums:
+    """What is taken from pictures that come batch by batch, in any order, in one process or several.
+
+    Args:
+        total: pictures that will come, of all processes together.
+        network: from `load_inception`.
+        wanted: what to take.
+        device: where the network is.
+    """
+
+    def __init__(
+        self, total: int, network: InceptionNetwork, wanted: Wanted, device: torch.device | str = "cpu"
+    ) -> None:
+        self._total, self._network, self._device = total, network, device
+        self._pool = FeatureStatistics(network.pool_features, device) if wanted.pool else None
+        self._spatial = FeatureStatistics(network.spatial_features, device) if wanted.spatial else None
+        self._score = InceptionScore(total, network.num_logits, device=device) if wanted.score else None
+        self._kept = torch.zeros(total, network.pool_features) if wanted.features else None
+
+    @torch.inference_mode()
+    def add(self, pictures: Tensor, indices: Tensor) -> None:
+        """Run the network over some pictures.
+
+        Args:
+            pictures: (B, H, W, 3) uint8.
+            indices: (B,) int64 on the CPU, their places among all pictures.
+
+        Raises:
+            ValueError: features that are not finite (damaged weights).
+        """
+        images = pictures.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        with full_precision():
+            features = self._network(images)
+            logits = self._network.logits_unbiased(features.pool)
+        if not bool(torch.isfinite(features.pool).all()):
+            raise ValueError(
+                f"features of pictures {int(indices[0])} to {int(indices[-1])} are not finite: "
+                "the weights of the Inception network are damaged"
+            )
+        if self._pool is not None:
+            self._pool.update(features.pool)
+        if self._spatial is not None:
+            self._spatial.update(features.spatial)
+        if self._score is not None:
+            self._score.update(logits.double().softmax(1), indices)
+        if self._kept is not None:
+            self._kept[indices] = features.pool.float().cpu()
+
+    def joined(self, group: Group = ALONE) -> Summary:
+        """The summary of all processes' pictures, the same in each of them; all must call it.
+
+        Raises:
+            ValueError: a single picture where a covariance is wanted.
+        """
+        if group.size > 1:
+            for statistics in (self._pool, self._spatial):
+                if statistics is not None:
+                    statistics.join_processes(group.all_reduce)
+            if self._score is not None:
+                self._score.join_processes(group)
+            if self._kept is not None:
+                group.all_reduce(self._kept)  # each row is zero in all processes but one
+        return Summary(
+            count=self._total,
+            pool=None if self._pool is None else self._pool.gaussian(),
+            spatial=None if self._spatial is None else self._spatial.gaussian(),
+            score=None if self._score is None else self._score.value(),
+            features=self._kept,
+        )
+
+
 def summarise_images(
     images: Rows,
     network: InceptionNetwork,
@@ -73,58 +143,12 @@ def summarise_images(
     Raises:
         ValueError: features that are not finite (damaged weights), or a single picture where a covariance is wanted.
     """
-    total = len(images)
-    pool = FeatureStatistics(network.pool_features, device) if wanted.pool else None
-    spatial = FeatureStatistics(network.spatial_features, device) if wanted.spatial else None
-    score = InceptionScore(total, network.num_logits, device=device) if wanted.score else None
-    kept = torch.zeros(total, network.pool_features) if wanted.features else None
-    for indices in own_batches(total, batch_size, group):
-        pictures = images.take(indices).to(device, non_blocking=True).permute(0, 3, 1, 2)
-        with full_precision():
-            features = network(pictures)
-            logits = network.logits_unbiased(features.pool)
-        if not bool(torch.isfinite(features.pool).all()):
-            raise ValueError(
-                f"features of pictures {int(indices[0])} to {int(indices[-1])} are not finite: "
-                "the weights of the Inception network are damaged"
-            )
-        if pool is not None:
-            pool.update(features.pool)
-        if spatial is not None:
-            spatial.update(features.spatial)
-        if score is not None:
-            score.update(logits.double().softmax(1), indices)
-        if kept is not None:
-            kept[indices] = features.pool.float().cpu()
+    sums = ImageSums(len(images), network, wanted, device)
+    for indices in own_batches(len(images), batch_size, group):
+        sums.add(images.take(indices), indices)
         if progress is not None:
-            progress(min(len(indices) * group.size, total))
-    return _joined(total, pool, spatial, score, kept, group)
-
-
-def _joined(
-    total: int,
-    pool: FeatureStatistics | None,
-    spatial: FeatureStatistics | None,
-    score: InceptionScore | None,
-    kept: Tensor | None,
-    group: Group,
-) -> Summary:
-    """The same result in all processes."""
-    if group.size > 1:
-        for statistics in (pool, spatial):
-            if statistics is not None:
-                statistics.join_processes(group.all_reduce)
-        if score is not None:
-            score.join_processes(group)
-        if kept is not None:
-            group.all_reduce(kept)  # each row is zero in all processes but one
-    return Summary(
-        count=total,
-        pool=None if pool is None else pool.gaussian(),
-        spatial=None if spatial is None else spatial.gaussian(),
-        score=None if score is None else score.value(),
-        features=kept,
-    )
+            progress(min(len(indices) * group.size, len(images)))
+    return sums.joined(group)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .group import Group
+from erdfast.group import Group
 
 SPLIT_SIZE = 5000
 """Pictures per group; the last group may be smaller."""

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from erdfast.group import ALONE, Group
+
 from .features import Summary, Wanted
-from .group import ALONE, Group
 from .precision_recall import precision_recall
 from .reference import Reference
 
@@ -30,22 +31,30 @@ METRICS: dict[str, Metric] = {
     "precision": Metric("precision", 4, "higher"),
     "recall": Metric("recall", 4, "higher"),
     "fd": Metric("FD", 4, "lower"),
+    "accuracy": Metric("accuracy", 4, "higher"),
 }
-"""fid to recall as ADM defines them (Dhariwal and Nichol 2021), of pictures; fd of features of any network."""
-PICTURE_METRICS = ("fid", "sfid", "is", "precision", "recall")
+"""fid to recall as ADM defines them (Dhariwal and Nichol 2021), of pictures; fd of features of any network, with
+precision and recall of the same features; accuracy of the labels that a classifier of digits gives."""
+KINDS: dict[str, tuple[str, ...]] = {
+    "pictures": ("fid", "sfid", "is", "precision", "recall"),
+    "features": ("fd", "precision", "recall"),
+    "digits": ("fd", "precision", "recall", "accuracy"),
+}
+"""What can be measured of what."""
+PICTURE_METRICS = KINDS["pictures"]
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise ValueError for an unknown, repeated or missing metric, or fd beside those of pictures."""
+def check_metrics(metrics: Sequence[str], kind: str = "pictures") -> None:
+    """Raise ValueError for an unknown, repeated or missing metric, or one that is not of this kind (of KINDS)."""
     for name in metrics:
         if name not in METRICS:
             raise ValueError(f"unknown metric '{name}'; choose from {', '.join(METRICS)}")
     if not metrics or len(set(metrics)) < len(metrics):
-        raise ValueError(f"metrics are {list(metrics)}; name each once, out of {', '.join(METRICS)}")
-    if "fd" in metrics and len(metrics) > 1:
-        raise ValueError(
-            f"metric fd is of stored features, {', '.join(PICTURE_METRICS)} are of pictures: measure them apart"
-        )
+        raise ValueError(f"metrics are {list(metrics)}; name each once, out of {', '.join(KINDS[kind])}")
+    for name in metrics:
+        if name not in KINDS[kind]:
+            sets = "; ".join(f"of {key} {', '.join(names)}" for key, names in KINDS.items())
+            raise ValueError(f"metric {name} is not of {kind}: there are {sets}. Measure them apart")
 
 
 def wanted_of_samples(metrics: Sequence[str]) -> Wanted:

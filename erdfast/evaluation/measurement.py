@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from erdfast.data.rows import Rows
+from erdfast.group import ALONE, Group
 from erdfast.tensor_files import checksum
 
 from .comparison import Row
+from .digits import load_real_digits, recognised_share
+from .digits_files import open_digits
 from .features import Progress, Summary, Wanted, summarise_features, summarise_images
 from .files import open_features, open_images, open_npz, read_array
-from .frechet import Gaussian
-from .group import ALONE, Group
+from .frechet import FeatureStatistics, Gaussian
 from .inception_weights import load_inception
 from .measure import measure, wanted_of_samples, warnings_of
+from .precision_recall import precision_recall
 from .reference import Reference, complete, read_reference, save_reference
 
 OpenProgress = Callable[[str, int], contextlib.AbstractContextManager[Progress]]
@@ -96,26 +100,70 @@ class Measurement:
             rows.append(Row(file=path, count=summary.count, values=values))
         return rows
 
-    def features(self, samples: Sequence[Path], reference: Path) -> list[Row]:
-        """Frechet distances (fd) between files or folders of features.
+    def features(self, samples: Sequence[Path], reference: Path, metrics: Sequence[str] = ("fd",)) -> list[Row]:
+        """Frechet distances (fd), precision and recall between files or folders of features.
 
         Args:
             samples: see `files.open_features`.
-            reference: the same, or an .npz with `mu` and `sigma`.
+            reference: the same; for fd alone also an .npz with `mu` and `sigma`.
+            metrics: of KINDS["features"].
 
         Raises:
             ValueError: naming a file and what is wrong with it, also where the number of features differs.
         """
         opened = [open_features(path) for path in samples]
-        known = self._feature_statistics(reference)
+        wants_all = "precision" in metrics or "recall" in metrics
+        theirs = self._all_features(reference, open_features(reference)) if wants_all else None
+        known = self._feature_statistics(reference) if "fd" in metrics else None
         with _named(reference):
-            _ = known.factor  # which checks it, before the samples are read
+            _ = known and known.factor  # which checks it, before the samples are read
         rows = []
         for path, features in zip(samples, opened, strict=True):
-            gaussian = self._summarise_features(path, features)
-            with _named(path):
-                rows.append(Row(file=path, count=len(features), values={"fd": gaussian.distance(known)}))
+            values: dict[str, float] = {}
+            if known is not None:
+                gaussian = self._summarise_features(path, features)
+                with _named(path):
+                    values["fd"] = gaussian.distance(known)
+            if theirs is not None:
+                values |= self._shares(path, self._all_features(path, features), theirs)
+            rows.append(Row(file=path, count=len(features), values={name: values[name] for name in metrics}))
         return rows
+
+    def digits(self, samples: Sequence[Path], metrics: Sequence[str]) -> list[Row]:
+        """Pictures of digits against the real ones of scikit-learn; their features are the 64 pixels in [-1, 1].
+
+        Args:
+            samples: .npz files with `arr_0`, (N, 8, 8, 3), and for accuracy `arr_1`.
+            metrics: of KINDS["digits"].
+
+        Raises:
+            ValueError: naming a file and what is wrong with it. ImportError: without scikit-learn.
+        """
+        opened = [open_digits(path, labelled="accuracy" in metrics) for path in samples]
+        real, _ = load_real_digits()
+        known, theirs = FeatureStatistics.of(real).gaussian(), real.flatten(1)
+        rows = []
+        for path, (images, labels) in zip(samples, opened, strict=True):
+            values: dict[str, float] = {}
+            with _named(path):
+                if "fd" in metrics:
+                    values["fd"] = FeatureStatistics.of(images).gaussian().distance(known)
+                if labels is not None:
+                    values["accuracy"] = recognised_share(images, labels)
+            if "precision" in metrics or "recall" in metrics:
+                values |= self._shares(path, images.flatten(1), theirs)
+            rows.append(Row(file=path, count=len(images), values={name: values[name] for name in metrics}))
+        return rows
+
+    def _all_features(self, path: Path, rows: Rows) -> Tensor:
+        """(N, D) float32, on the CPU."""
+        with _named(path):
+            return rows.take(torch.arange(len(rows))).flatten(1).float()
+
+    def _shares(self, path: Path, ours: Tensor, theirs: Tensor) -> dict[str, float]:
+        with _named(path):
+            shares = precision_recall(ours.to(self.device), theirs.to(self.device), group=self.group)
+        return shares._asdict()
 
     def _feature_statistics(self, path: Path) -> Gaussian:
         if path.suffix == ".npz" and path.is_file():

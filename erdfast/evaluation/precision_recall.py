@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .group import ALONE, Group
+from erdfast.group import ALONE, Group
+
 from .inception import full_precision
 
 NEIGHBOURS = 3

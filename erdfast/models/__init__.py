@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from erdfast.models.backbone import Backbone, BackboneConfig
+from erdfast.models.diffusers_dit import (
+    DiffusersDiT,
+    DiffusersDiTConfig,
+    from_diffusers,
+    save_diffusers,
+    to_diffusers,
+    use_published_frequencies,
+)
 from erdfast.models.dit import DiT, DiTConfig
 from erdfast.models.flops import forward_flops, parameter_count, training_flops, training_memory_bytes
 from erdfast.models.published import load_published
@@ -14,6 +22,7 @@ from erdfast.models.uvit import UViT, UViTConfig
 
 BACKBONES: dict[str, type[BackboneConfig]] = {"dit": DiTConfig, "uvit": UViTConfig}
 """Configuration class by the name that `describe()` writes."""
+BACKBONES[DiffusersDiTConfig.backbone] = DiffusersDiTConfig
 
 
 def config_from_dict(description: Mapping[str, Any]) -> BackboneConfig:
@@ -42,12 +51,18 @@ __all__ = [
     "BackboneConfig",
     "DiT",
     "DiTConfig",
+    "DiffusersDiT",
+    "DiffusersDiTConfig",
     "UViT",
     "UViTConfig",
     "config_from_dict",
     "forward_flops",
+    "from_diffusers",
     "load_published",
     "parameter_count",
+    "save_diffusers",
+    "to_diffusers",
     "training_flops",
     "training_memory_bytes",
+    "use_published_frequencies",
 ]

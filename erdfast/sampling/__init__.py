@@ -3,7 +3,7 @@
 from erdfast.sampling.guidance import Guided
 from erdfast.sampling.levels import LEVEL_SETS, Levels, make_levels, noise_table
 from erdfast.sampling.output import default_labels, save_npz
-from erdfast.sampling.sample import SAMPLER_KINDS, Batch, sample, sample_batches
+from erdfast.sampling.sample import SAMPLER_KINDS, Batch, ImageSampler, sample, sample_batches
 from erdfast.sampling.samplers import (
     SAMPLERS,
     ddim,
@@ -22,6 +22,7 @@ __all__ = [
     "SAMPLER_KINDS",
     "Batch",
     "Guided",
+    "ImageSampler",
     "Levels",
     "ddim",
     "default_labels",

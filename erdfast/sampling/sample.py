@@ -1,11 +1,11 @@
-"""`sample`: from a trained model and its process to images, in batches, reproducibly."""
+"""From a trained model and its process to images, in batches, reproducibly: `ImageSampler`, and `sample` for few."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from erdfast.sampling.output import default_labels
 from erdfast.sampling.samplers import ASKS, SAMPLERS, STATE_DTYPES, Noise
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from erdfast.process import Process
 
 SAMPLER_KINDS: dict[str, tuple[str, ...]] = {
@@ -118,6 +120,142 @@ class Batch(NamedTuple):
     """(B, C, H, W) float32 on the device, in the units of the training data, not clipped."""
 
 
+class SampleOptions(TypedDict, total=False):
+    """Keywords of `ImageSampler`, which `sample` passes on."""
+
+    cfg_scale: float
+    steps: int
+    sampler: str | None
+    level_set: str | None
+    interval: tuple[float, float]
+    seed: int
+    batch_size: int
+    state_dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+    device: torch.device | str | None
+    compile: bool
+    cuda_graph: bool
+
+
+class ImageSampler:
+    """Draws images from a model: deterministic given the seed, image by image.
+
+    Image i depends on (seed, i) alone: its starting noise does, and so does the noise of each step of a stochastic
+    sampler. It is the same, up to the rounding of the network, whatever the batch size and however the images are
+    divided over processes. What is compiled or captured once serves all its batches.
+
+    Args:
+        model: with attributes `input_shape` (C, H, W) and `num_classes`; a model whose class 0..num_classes-1
+            labels have no null label beside them says so by an attribute `null_class = None`.
+        process: what the model was trained under.
+        cfg_scale, interval: see `Guided`.
+        steps: N >= 1; samplers of two stages (TWO_STAGE) call the network 2N - 1 times, the others N times.
+        sampler: a name of SAMPLERS; None: `edm_heun` for a discrete process, `heun` for a continuous one.
+        level_set: a name of LEVEL_SETS; see `make_levels` for the default.
+        seed: of all noise, in 0..2^64-1.
+        batch_size: images at a time, at least 1; under guidance the network sees twice as many.
+        state_dtype: float32 or float64, of the sampler's state; the network always receives float32.
+        autocast_dtype: bfloat16 or float16 for the network's own arithmetic, or None.
+        device: where to run; None: where the model's parameters are. The model must be there already.
+        compile: call the network by torch.compile, which takes its time at the first call of each kind (with the
+            unconditional half and without) and is faster from then on.
+        cuda_graph: launch each call of the network as one CUDA graph: for networks whose kernels are short. A GPU only.
+
+    Raises:
+        ValueError: any argument outside the ranges above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        process: Process,
+        *,
+        cfg_scale: float = 1.0,
+        steps: int = 50,
+        sampler: str | None = None,
+        level_set: str | None = None,
+        interval: tuple[float, float] = FULL_INTERVAL,
+        seed: int = 0,
+        batch_size: int = 256,
+        state_dtype: torch.dtype = torch.float32,
+        autocast_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.name = resolve_sampler(process, sampler)
+        for what, count in (("batch_size", batch_size), ("steps", steps)):
+            check_whole(what, count, 1)
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype {state_dtype} is not one of {STATE_DTYPES}")
+        check_guidance(cfg_scale, interval)
+        self.device = _device_of(model) if device is None else torch.device(device)
+        scalar("seed", seed, 64, self.device)
+        if cuda_graph:
+            check_graph(self.device)
+        self.model, self.seed, self.batch_size, self.state_dtype = model, seed, batch_size, state_dtype
+        self.shape = cast("tuple[int, int, int]", model.input_shape)
+        self.num_classes = cast("int", model.num_classes)
+        self._static = compile or cuda_graph
+        call: Model = torch.compile(model, dynamic=False) if compile else model
+        if cuda_graph:
+            call = GraphedModel(call)
+        self.levels = make_levels(process, steps, level_set, "ratio" if ASKS[self.name] == "denoise" else "time")
+        null_class = getattr(model, "null_class", self.num_classes if self.num_classes > 0 else None)
+        label = torch.zeros(1, dtype=torch.int64, device=self.device) if self.num_classes else None
+        self._guided = Guided(call, process, label, cfg_scale, interval, null_class, autocast_dtype)
+        self._guided.prepare(self.levels.times, self.device)
+
+    def batches(
+        self,
+        num: int,
+        *,
+        labels: Tensor | Sequence[int] | None = None,
+        classes: Sequence[int] | None = None,
+        first_id: int = 0,
+    ) -> Iterator[Batch]:
+        """Images first_id..first_id+num-1, batch after batch: memory does not grow with `num`.
+
+        Args:
+            num: number of images, at least 1.
+            labels: (num,) in 0..num_classes (num_classes being the null class), or None.
+            classes: instead of labels, the classes to take in turn; with neither, all classes in turn.
+            first_id: number of the first image, for runs that draw a part of the whole; classes in turn count from 0.
+
+        Raises:
+            ValueError: any argument outside the ranges above.
+        """
+        check_whole("num", num, 1)
+        y = _resolve_labels(num, first_id, self.num_classes, labels, classes)
+        return self._batches(num, y, first_id)
+
+    def _batches(self, num: int, y: Tensor | None, first_id: int) -> Iterator[Batch]:
+        size = self.batch_size if self._static else min(self.batch_size, num)
+        for start in range(0, num, size):
+            stop = min(start + size, num)
+            # Compiled code and graphs are of one shape: a last batch that is smaller is filled up, and cut afterwards.
+            count = size if self._static else stop - start
+            ids = torch.arange(first_id + start, first_id + start + count, device=self.device)
+            images = self._draw(ids, None if y is None else _filled(y[start:stop], count))
+            yield Batch(start, images[: stop - start].to(torch.float32, copy=True))
+
+    def _draw(self, ids: Tensor, y: Tensor | None) -> Tensor:
+        guided = self._guided.with_labels(None if y is None else y.to(self.device))
+        with evaluation_mode(self.model):  # left before others go on with the images
+            return SAMPLERS[self.name](
+                getattr(guided, ASKS[self.name]),
+                initial_latents(self.seed, ids, self.shape),
+                self.levels,
+                noise=step_noise(self.seed, ids, self.shape),
+                state_dtype=self.state_dtype,
+            )
+
+
+def _filled(y: Tensor, count: int) -> Tensor:
+    """(count,) labels: those given, then the first of them as often as is needed."""
+    return torch.cat([y, y[:1].expand(count - len(y))])
+
+
 def sample_batches(
     model: nn.Module,
     process: Process,
@@ -125,65 +263,20 @@ def sample_batches(
     num: int,
     labels: Tensor | Sequence[int] | None = None,
     classes: Sequence[int] | None = None,
-    cfg_scale: float = 1.0,
-    steps: int = 50,
-    sampler: str | None = None,
-    level_set: str | None = None,
-    interval: tuple[float, float] = FULL_INTERVAL,
-    seed: int = 0,
     first_id: int = 0,
-    batch_size: int = 256,
-    state_dtype: torch.dtype = torch.float32,
-    autocast_dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    compile: bool = False,
-    cuda_graph: bool = False,
+    **options: Unpack[SampleOptions],
 ) -> Iterator[Batch]:
-    """`sample`, batch after batch: memory does not grow with `num`.
-
-    Arguments and errors are those of `sample`; errors come at the first batch.
-    """
-    name = resolve_sampler(process, sampler)
-    for what, count in (("num", num), ("batch_size", batch_size), ("steps", steps)):
-        check_whole(what, count, 1)
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(f"state_dtype {state_dtype} is not one of {STATE_DTYPES}")
-    check_guidance(cfg_scale, interval)
-    num_classes = cast("int", model.num_classes)
-    y = _resolve_labels(num, first_id, num_classes, labels, classes)
-    null_class = getattr(model, "null_class", num_classes if num_classes > 0 else None)
-    where = _device_of(model) if device is None else torch.device(device)
-    if cuda_graph:
-        check_graph(where)
-    shape = cast("tuple[int, int, int]", model.input_shape)
-    size, static = min(batch_size, num), compile or cuda_graph
-    call: Model = torch.compile(model, dynamic=False) if compile else model
-    if cuda_graph:
-        call = GraphedModel(call)
-    levels = make_levels(process, steps, level_set, "ratio" if ASKS[name] == "denoise" else "time")
-    first = None if y is None else y[:1].to(where)
-    guided = Guided(call, process, first, cfg_scale, interval, null_class, autocast_dtype)
-    guided.prepare(levels.times, where)
-    for start in range(0, num, size):
-        stop = min(start + size, num)
-        # Compiled code and graphs are of one shape: a last batch that is smaller is filled up, and cut afterwards.
-        count = size if static else stop - start
-        ids = torch.arange(first_id + start, first_id + start + count, device=where)
-        batch = guided.with_labels(None if y is None else _filled(y[start:stop], count).to(where))
-        with evaluation_mode(model):  # left before others go on with the images
-            x = SAMPLERS[name](
-                getattr(batch, ASKS[name]),
-                initial_latents(seed, ids, shape),
-                levels,
-                noise=step_noise(seed, ids, shape),
-                state_dtype=state_dtype,
-            )
-        yield Batch(start, x[: stop - start].to(torch.float32, copy=True))
+    """`ImageSampler(model, process, **options).batches(...)`, for a model that is asked once."""
+    sampler = _sampler_for(num, model, process, options)
+    return sampler.batches(num, labels=labels, classes=classes, first_id=first_id)
 
 
-def _filled(y: Tensor, count: int) -> Tensor:
-    """(count,) labels: those given, then the first of them as often as is needed."""
-    return torch.cat([y, y[:1].expand(count - len(y))])
+def _sampler_for(num: int, model: nn.Module, process: Process, options: SampleOptions) -> ImageSampler:
+    """With batches no larger than `num`: under compile and graphs they would be filled up."""
+    sampler = ImageSampler(model, process, **options)
+    check_whole("num", num, 1)
+    sampler.batch_size = min(sampler.batch_size, num)
+    return sampler
 
 
 def sample(
@@ -193,76 +286,25 @@ def sample(
     num: int,
     labels: Tensor | Sequence[int] | None = None,
     classes: Sequence[int] | None = None,
-    cfg_scale: float = 1.0,
-    steps: int = 50,
-    sampler: str | None = None,
-    level_set: str | None = None,
-    interval: tuple[float, float] = FULL_INTERVAL,
-    seed: int = 0,
     first_id: int = 0,
-    batch_size: int = 256,
-    state_dtype: torch.dtype = torch.float32,
-    autocast_dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    compile: bool = False,
-    cuda_graph: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[SampleOptions],
 ) -> Tensor:
-    """Draws images from a model: deterministic given the seed, image by image.
-
-    Image i depends on (seed, first_id + i) alone: its starting noise does, and so does the noise of each step of a
-    stochastic sampler. It is the same, up to the rounding of the network, whatever the batch size and however the
-    images are divided over processes.
+    """A few images at once: see `ImageSampler` for what they depend on and for `options` (cfg_scale, steps, ...).
 
     Args:
-        model: with attributes `input_shape` (C, H, W) and `num_classes`; a model whose class 0..num_classes-1
-            labels have no null label beside them says so by an attribute `null_class = None`.
-        process: what the model was trained under.
-        num: number of images, at least 1.
-        labels: (num,) in 0..num_classes (num_classes being the null class), or None.
-        classes: instead of labels, the classes to take in turn; with neither, all classes in turn.
-        cfg_scale, interval: see `Guided`.
-        steps: N >= 1; samplers of two stages (TWO_STAGE) call the network 2N - 1 times, the others N times.
-        sampler: a name of SAMPLERS; None: `edm_heun` for a discrete process, `heun` for a continuous one.
-        level_set: a name of LEVEL_SETS; see `make_levels` for the default.
-        seed: of all noise, in 0..2^64-1.
-        first_id: number of the first image, for runs that draw a part of the whole; classes in turn count from 0.
-        batch_size: images at a time, at least 1; under guidance the network sees twice as many.
-        state_dtype: float32 or float64, of the sampler's state; the network always receives float32.
-        autocast_dtype: bfloat16 or float16 for the network's own arithmetic, or None.
-        device: where to run; None: where the model's parameters are. The model must be there already.
-        compile: call the network by torch.compile, which takes its time at the first call of each kind (with the
-            unconditional half and without) and is faster from then on.
-        cuda_graph: launch each call of the network as one CUDA graph: for networks whose kernels are short. A GPU only.
+        model, process, options: see `ImageSampler`.
+        num, labels, classes, first_id: see `ImageSampler.batches`.
         progress: called with (images done, num) after each batch.
 
     Returns:
         (num, C, H, W) float32 on the CPU, in the units of the training data, not clipped.
 
     Raises:
-        ValueError: any argument outside the ranges above.
+        ValueError: any argument outside the ranges given there.
     """
     images: Tensor | None = None
-    batches = sample_batches(
-        model,
-        process,
-        num=num,
-        labels=labels,
-        classes=classes,
-        cfg_scale=cfg_scale,
-        steps=steps,
-        sampler=sampler,
-        level_set=level_set,
-        interval=interval,
-        seed=seed,
-        first_id=first_id,
-        batch_size=batch_size,
-        state_dtype=state_dtype,
-        autocast_dtype=autocast_dtype,
-        device=device,
-        compile=compile,
-        cuda_graph=cuda_graph,
-    )
+    batches = sample_batches(model, process, num=num, labels=labels, classes=classes, first_id=first_id, **options)
     for start, part in batches:
         if images is None:
             images = torch.empty(num, *part.shape[1:], dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""Pictures of a run: sample grids, and one summary with the loss curve, the loss per noise level and samples.
+"""Pictures of a run: sample grids, and one summary with the loss curve, the loss per noise level, samples, and what was
+measured of these.
 
 Colours are Okabe and Ito's (legible with any colour vision), and every curve differs by line style too.
 Matplotlib is used through its objects, not pyplot, so that nothing global changes and no display is needed.
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erdfast.data.images import image_grid, save_image_grid, save_png
+from erdfast.evaluation.measure import METRICS
 
+from .evaluation_records import best, comparable, values_of
 from .metrics import LOGSNR_EDGES
 
 if TYPE_CHECKING:
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["save_image_grid", "save_summary"]
 
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY, BLACK = "#999999", "#000000"
+DISTANCES = {"fid": (BLUE, "o-"), "sfid": (ORANGE, "^:"), "fd": (BLUE, "o-")}
+SHARES = {"accuracy": (GREEN, "s--"), "precision": (GREEN, "s--"), "recall": (PURPLE, "D-.")}
+"""Metrics that one axis has room for, with colour and line."""
 
 Record = Mapping[str, Any]
 
@@ -44,7 +51,7 @@ def save_summary(
         path: the PNG, replaced atomically.
         metrics_records: records as in metrics.jsonl. Used: "step" and "loss" (a number or null), and, where
             present, "loss_by_logsnr" and "count_by_logsnr" (lists, one entry per bin) with "logsnr_edges" (by
-            default `LOGSNR_EDGES`).
+            default `LOGSNR_EDGES`); and evaluations, which have a panel of their own.
         images: (N, H, W, 1 or 3) uint8 samples, or None.
         title: one line above everything.
         floor: (log-SNR, least possible mean squared error) pairs, where the data's Bayes floor is known.
@@ -65,7 +72,10 @@ def save_summary(
     layout = figure.add_gridspec(2, 2, width_ratios=[1.1, 1.0])
     _draw_loss(figure.add_subplot(layout[0, 0]), metrics_records)
     _draw_loss_by_logsnr(figure.add_subplot(layout[1, 0]), metrics_records, floor)
-    _draw_samples(figure.add_subplot(layout[:, 1]), grid)
+    evaluations = comparable(metrics_records)
+    _draw_samples(figure.add_subplot(layout[0 if evaluations else slice(None), 1]), grid)
+    if evaluations:
+        _draw_evaluations(figure.add_subplot(layout[1, 1]), evaluations)
 
     figure.align_ylabels()
 
@@ -144,6 +154,48 @@ def _draw_samples(axes: Axes, grid: Any) -> None:
         _say(axes, "no samples were drawn")
     else:
         axes.imshow(np.asarray(grid), interpolation="antialiased")
+
+
+def _draw_evaluations(axes: Axes, evaluations: Sequence[Record]) -> None:
+    """Distances on the left axis, shares on the right one."""
+    chosen, num = best(evaluations), evaluations[-1].get("settings", {}).get("num", 0)
+    title = f"Evaluation of {num:,} images" + (f", best {chosen.value} at step {chosen.step:,}" if chosen else "")
+    axes.set_title(title, loc="left", fontsize=11, pad=22)
+    axes.set_xlabel("training step")
+    axes.margins(y=0.12)
+    names = list(values_of(evaluations[-1]))
+    # The Inception score is of another scale than all others: it is drawn where nothing else is.
+    distances = [name for name in names if name in DISTANCES] or [name for name in names if name == "is"]
+    shares = [name for name in names if name in SHARES]
+    drawn = [_draw_metric(axes, evaluations, name, *DISTANCES.get(name, (BLUE, "o-"))) for name in distances]
+    axes.set_ylabel(" and ".join(METRICS[name].title for name in distances))
+    values = np.asarray([values_of(record).get(name, math.nan) for record in evaluations for name in distances])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 3 * values.min():
+        _log_axis(axes, values)
+    axes.set_xlim(0, 1.03 * evaluations[-1]["step"])
+    _tidy(axes)
+    if shares:
+        right = axes.twinx()
+        drawn += [_draw_metric(right, evaluations, name, *SHARES[name], factor=100.0) for name in shares]
+        right.set_ylim(0, 103)
+        right.set_ylabel(" and ".join(METRICS[name].title for name in shares) + ", %")
+        right.spines["top"].set_visible(False)
+    # Between title and curves: within these it would hide some.
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 0.98), "ncols": 4}
+    axes.legend(handles=drawn, frameon=False, fontsize=9, **place)
+
+
+def _draw_metric(
+    axes: Axes, evaluations: Sequence[Record], name: str, color: str, style: str, factor: float = 1.0
+) -> Any:
+    points = [(record["step"], values_of(record).get(name, math.nan)) for record in evaluations]
+    steps, values = (np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
+    known = np.isfinite(values)
+    (line,) = axes.plot(
+        steps[known], factor * values[known], style, color=color, linewidth=1.8, markersize=5, label=METRICS[name].title
+    )
+    return line
 
 
 def _early_and_late(records: Sequence[Record]) -> list[tuple[Sequence[Record], str, str]]:

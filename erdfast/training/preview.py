@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from erdfast.sampling import sample
 
 from .figures import save_summary
 from .metrics import LOGSNR_EDGES
+from .parallel import World
 from .precision import PrecisionPolicy
+from .speed import Speedometer
 
 PREVIEW_SEED = 20_000
 """Pictures of different steps start from the same noise, so that they can be compared."""
+PATIENCE_S = 60.0
+"""Pictures that would take longer than this, or than a tenth of the training so far, are left to erdfast.sample."""
 
 
 class Preview:
@@ -42,6 +46,22 @@ class Preview:
         calls = 2 * self.config.sample_steps - 1
         guided = 2 if self._cfg_scale(model) != 1.0 else 1
         return float(self.config.sample_num * calls * guided * forward_flops(model.config))
+
+    def is_affordable(
+        self, model: Backbone, speed: Speedometer, world: World, run: Path, say: Callable[[str], None]
+    ) -> bool:
+        """Whether a grid takes a bearable time, by the speed of the training so far; `say` is told if not.
+
+        The first process decides for all, which must all call it.
+        """
+        seconds = self.cost(model) / max(speed.flops_per_s / world.size, 1.0)
+        short = seconds <= max(PATIENCE_S, 0.1 * speed.elapsed)
+        if not short:
+            say(
+                f"no pictures: {self.config.sample_num} samples would take about {seconds / 60:.0f} min here; "
+                f"later: python -m erdfast.sample --run {run}"
+            )
+        return world.any(world.is_main and short)
 
     def draw(self, model: Backbone) -> np.ndarray:
         """(N, H, W, 1 or 3) uint8."""

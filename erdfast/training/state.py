@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from erdfast.config import TrainConfig
+from erdfast.data import Dataset
 from erdfast.models import Backbone
 from erdfast.ops.optimizer import AdamWEma
 from erdfast.process import Process
 
 from .ema import Ema
 from .parallel import World, full_tensor
+from .setup import build_network
 from .step import DiffusionStep
 
 MODEL, PROCESS = "model.", "process."
@@ -33,6 +36,23 @@ def state_tensors(step: DiffusionStep, optimizer: AdamWEma, ema: Ema) -> dict[st
 def trained(step: DiffusionStep) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in step.named_parameters() if p.requires_grad}
+
+
+def untrained_copies(config: TrainConfig, dataset: Dataset, model: Backbone) -> tuple[Backbone, Process]:
+    """A network and a process for the averages: like the trained ones, but for what is trained, which is anything.
+
+    All processes must call it where the trained network is sharded.
+    """
+    device = next(model.parameters()).device
+    with torch.device("meta"):  # half a billion random numbers take seconds
+        network = build_network(config, dataset)
+    network.to_empty(device=device)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            if not own[name].requires_grad:
+                tensor.copy_(full_tensor(own[name]))
+    return network, config.process.build().to(device)
 
 
 class Averaged:

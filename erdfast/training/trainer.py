@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,10 +24,12 @@ from erdfast.process import Process
 from .checkpoint import CheckpointWriter, choose_checkpoint, load_into
 from .checkpoint_files import checkpoint_path, complete_step, publish
 from .ema import Ema
+from .evaluation import Evaluator
 from .fp8 import apply_fp8, describe_difference, loss_difference
 from .graph import GraphedMicroBatch, MicroBatch, check_graph
 from .health import Health, check_weights
 from .interrupt import Interrupt, Vote
+from .measures import Measure, open_measure
 from .metrics import LossByLogsnr, MetricsWriter, board_folder, read_metrics
 from .optimizer import build_optimizer, learning_rate
 from .parallel import World, average_gradients, choose_mode, communicating, full_tensor, replicate, shard
@@ -35,15 +37,13 @@ from .plan import micro_batches, resolve_compile, warm_cache
 from .precision import PrecisionPolicy, resolve_precision
 from .predict import Plan, memory_per_gpu
 from .preview import Preview, write_summary
+from .progress import progress_bar
 from .recompute import apply_recompute
 from .setup import build_network
 from .snapshots import snapshot_path, write_snapshot
 from .speed import Speedometer
-from .state import MODEL, Averaged, state_tensors, trained
+from .state import MODEL, Averaged, state_tensors, trained, untrained_copies
 from .step import DiffusionStep, StepResult, compile_step
-
-PATIENCE_S = 60.0
-"""Pictures that would take longer than this, or than a tenth of the training so far, are left to erdfast.sample."""
 
 
 class Trainer:
@@ -55,12 +55,15 @@ class Trainer:
         run: the run directory; it exists.
         world: this process and the others.
         say: prints a line for people; called by the first process alone.
+        measure: what evaluations measure by, where it is open already.
 
     Raises:
         ValueError: options that do not go together here.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, run: Path, world: World, say=print) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, run: Path, world: World, say=print, measure: Measure | None = None
+    ) -> None:
         self.config, self.dataset, self.run, self.world = config, dataset, run, world
         self.device = world.device
         self.say = say if world.is_main else lambda _line: None
@@ -75,6 +78,18 @@ class Trainer:
         self.loss_by_logsnr = LossByLogsnr(device=self.device)
         self.health = Health(world, stop=config.on_nonfinite == "stop")
         self.preview = Preview(config.preview, dataset, self.averaged.process, self.precision)
+        self.interrupt = Interrupt()
+        self.evaluator = Evaluator(
+            config.evaluation,
+            measure or open_measure(config, dataset, world, self.say),
+            self.averaged,
+            self.precision,
+            world,
+            batch_size=self.parts[0][1],
+            run=run,
+            interrupted=lambda: self.interrupt.received is not None,
+            say=self.say,
+        )
         self.speed = Speedometer(self.device, training_flops(self.model.config), world.size)
         self.writer = CheckpointWriter(
             run / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every, world=world
@@ -135,19 +150,9 @@ class Trainer:
             check_graph(self.device, self.mode, config.accumulation)
             self._micro_batch = GraphedMicroBatch(self._forward_backward, [*self.parameters.values()], self.replica)
         averages = self.ema.averages[self.ema.primary]
-        self.averaged = Averaged(self._fresh_modules, self.parameters, averages, self.world)
-
-    def _fresh_modules(self) -> tuple[Backbone, Process]:
-        """For the averages: like the trained ones, but for what is trained, which is not initialised."""
-        with torch.device("meta"):  # half a billion random numbers take seconds
-            network = build_network(self.config, self.dataset)
-        network.to_empty(device=self.device)
-        own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        with torch.no_grad():
-            for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-                if not own[name].requires_grad:
-                    tensor.copy_(full_tensor(own[name]))
-        return network, self.config.process.build().to(self.device)
+        self.averaged = Averaged(
+            lambda: untrained_copies(config, self.dataset, self.model), self.parameters, averages, self.world
+        )
 
     def describe(self) -> str:
         """How the work is shared and compiled: "ddp on 8 processes, 32 images each, bf16, compile block"."""
@@ -169,11 +174,14 @@ class Trainer:
         """
         config = self.config
         with contextlib.ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
+            interrupt = stack.enter_context(self.interrupt)
             stack.enter_context(contextlib.closing(self.loader))
             log = stack.enter_context(self._metrics()) if self.world.is_main else None
-            bar = stack.enter_context(self._progress_bar())
+            bar = stack.enter_context(
+                progress_bar(self.world, total=config.steps, initial=self.step, unit="step", desc=config.model)
+            )
             stack.callback(self._is_written)  # whatever ends the run
+            self._maybe_evaluate(log)  # what the run that is resumed had no time for
             vote = Vote(self.world.size)
             self.speed.pause()
             signal = None
@@ -182,6 +190,8 @@ class Trainer:
                 signal = vote.poll(interrupt.received)
             vote.close()
             self._save_last()
+            if self.step == config.steps:
+                self._maybe_evaluate(log)
         return signal if self.step < config.steps else None
 
     def _one_step(self, log: MetricsWriter | None, bar: tqdm) -> None:
@@ -203,6 +213,7 @@ class Trainer:
             self._maybe_preview()
             if self.step % config.checkpoint_every == 0:
                 self._save_or_warn()
+            self._maybe_evaluate(log)  # after it: a run that is killed meanwhile comes back here
 
     def _train_step(self) -> Tensor | None:
         """One optimiser step; returns the gradient norm before clipping where it was computed."""
@@ -302,41 +313,42 @@ class Trainer:
 
     def _maybe_preview(self) -> None:
         every = self.config.preview.sample_every
-        if not every or self.step % every:
-            return
-        if self._affordable():
-            self.averaged.refresh()
-            if self.world.is_main:
-                with self._going_on("pictures"):
-                    images = self.preview.draw(self.averaged.model)
-                    self.preview.save(self.run / "samples" / f"{self.step:08d}.png", images)
-        self.speed.pause()
+        if every and self.step % every == 0:
+            self._draw_preview()
+            self.speed.pause()
 
-    def _affordable(self) -> bool:
-        """The first process decides for all."""
-        seconds = self.preview.cost(self.averaged.model) / max(self.speed.flops_per_s / self.world.size, 1.0)
-        short = seconds <= max(PATIENCE_S, 0.1 * self.speed.elapsed)
-        if not short:
-            self._say_once(
-                f"no pictures: {self.config.preview.sample_num} samples would take about {seconds / 60:.0f} min here; "
-                f"later: python -m erdfast.sample --run {self.run}"
-            )
-        return self.world.any(self.world.is_main and short)
+    def _draw_preview(self) -> np.ndarray | None:
+        """Pictures of this moment, where they are affordable; of the first process."""
+        if not self.preview.is_affordable(self.averaged.model, self.speed, self.world, self.run, self._say_once):
+            return None
+        self.averaged.refresh()
+        if not self.world.is_main:
+            return None
+        images = self.preview.draw(self.averaged.model)
+        with self._going_on("pictures"):
+            self.preview.save(self.run / "samples" / f"{self.step:08d}.png", images)
+        return images
+
+    def _maybe_evaluate(self, log: MetricsWriter | None) -> None:
+        if not self.evaluator.is_due(self.step, self.config.steps):
+            return
+        record = self.evaluator.evaluate(self.step)
+        if log is not None and record is not None:
+            with self._going_on("metrics.jsonl"):
+                log.write(record)
+        self.speed.pause()
 
     def finish(self) -> Path:
         """Publish the averaged weights and draw summary.png; returns the picture's path. All processes call it."""
-        images = None
-        draws = bool(self.config.preview.sample_every) and self._affordable()
-        if draws:
-            self.averaged.refresh()
+        config = self.config
         if self.world.is_main:
             publish(checkpoint_path(self.run, self.step), self.run)
-            if draws:
-                images = self.preview.draw(self.averaged.model)
-                self.preview.save(self.run / "samples" / f"{self.step:08d}.png", images)
-            config = self.config
+        images = self._draw_preview() if config.preview.sample_every else None
+        if self.world.is_main:
+            records = read_metrics(self.run / "metrics.jsonl")
+            self.evaluator.say_best(records)
             title = f"{config.model} on {config.data}: {self.step:,} steps, {config.process.weighting} weighting"
-            write_summary(self.run, read_metrics(self.run / "metrics.jsonl"), images, self.preview, title)
+            write_summary(self.run, records, images, self.preview, title)
         self.world.barrier()
         return self.run / "summary.png"
 
@@ -420,17 +432,6 @@ class Trainer:
         return "there is no checkpoint yet" if step is None else f"the newest checkpoint is of step {step:,}"
 
     # ------------------------------------------------------------------ for people
-
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.config.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs few lines
-            desc=self.config.model,
-            disable=not self.world.is_main,
-        )
 
     @contextlib.contextmanager
     def _going_on(self, what: str) -> Iterator[None]:

@@ -70,9 +70,11 @@ class SmallNetwork(InceptionNetwork):
 
 
 def use_small_network(monkeypatch) -> None:
-    """Where files of pictures are measured."""
+    """Where files of pictures are measured, and pictures during training."""
     from erdfast.evaluation import measurement, reference
+    from erdfast.training import measures
 
+    monkeypatch.setattr(measures, "load_inception", lambda _path, _device: SmallNetwork())
     monkeypatch.setattr(measurement, "load_inception", lambda _path, _device: SmallNetwork())
     monkeypatch.setattr(reference, "POOL_FEATURES", 6)
     monkeypatch.setitem(reference.STATISTICS, "fid", ("mu", "sigma", 6))

@@ -242,11 +242,13 @@ def test_other_files_of_pictures(tmp_path):
 
 def test_metric_names():
     check_metrics(ALL)
-    check_metrics(["fd"])
+    check_metrics(["recall", "fd", "precision"], "features")
+    check_metrics(["accuracy", "fd"], "digits")
     with pytest.raises(ValueError, match="unknown metric 'kid'; choose from fid, sfid, is, precision, recall, fd"):
         check_metrics(["kid"])
-    with pytest.raises(ValueError, match="measure them apart"):
-        check_metrics(["fd", "fid"])
+    for wrong, kind in ((["fd"], "pictures"), (["fd", "fid"], "features"), (["sfid"], "digits")):
+        with pytest.raises(ValueError, match=rf"is not of {kind}: .*Measure them apart"):
+            check_metrics(wrong, kind)
     for wrong in ([], ["is", "is"]):
         with pytest.raises(ValueError, match="name each once"):
             check_metrics(wrong)
@@ -281,6 +283,23 @@ def test_features_in_every_form(tmp_path):
             found, said = distance_of(tmp_path / name, tmp_path / reference)
             assert found == pytest.approx(adm_distance(x, y), rel=1e-5)
             assert said == []
+
+
+def test_precision_and_recall_of_features(tmp_path):
+    x, y = features(40, 0), features(30, 1)
+    np.save(tmp_path / "x.npy", x.reshape(40, 3, 3).numpy())
+    np.save(tmp_path / "y.npy", y.numpy())
+    paths = [tmp_path / "x.npy"], tmp_path / "y.npy"
+    (row,) = Measurement(device=torch.device("cpu")).features(*paths, ("recall", "precision", "fd"))
+    assert list(row.values) == ["recall", "precision", "fd"]
+    expected = precision_recall(x, y)
+    assert (row.values["precision"], row.values["recall"]) == tuple(expected)
+    assert row.values["fd"] == pytest.approx(adm_distance(x, y), rel=1e-5)
+    (row,) = Measurement(device=torch.device("cpu")).features(*paths, ("recall",))
+    assert row.values == {"recall": expected.recall}
+    np.savez(tmp_path / "y.npz", mu=y.numpy().mean(0), sigma=np.cov(y.numpy().T))
+    with pytest.raises(ValueError, match=r"y.npz: expected an array 'features' or 'arr_0', found mu, sigma"):
+        Measurement(device=torch.device("cpu")).features(paths[0], tmp_path / "y.npz", ("fd", "recall"))
 
 
 def test_few_features_and_wrong_ones(tmp_path):

@@ -78,7 +78,8 @@ def test_batch_1_and_64_give_the_same_bits(schedule: str, sampler: str, dtype: t
     together = sample(Float64Network(), process, num=64, batch_size=64, **draw)
     alone = sample(Float64Network(), process, num=3, batch_size=1, first_id=61, **draw, labels=[1, 2, 0])
     assert torch.equal(together[61:], alone)
-    other = sample(Float64Network(), process, num=1, **{**draw, "seed": 4})
+    draw["seed"] = 4
+    other = sample(Float64Network(), process, num=1, **draw)
     assert not torch.equal(other, together[:1])
 
 
@@ -340,8 +341,9 @@ def test_every_sampler_suits_both_kinds() -> None:
     ],
 )
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"num": 2, "steps": 2, **arguments}
     with pytest.raises(ValueError, match=message):
-        sample(ConvNetwork(), Process(schedule="cosine"), **{"num": 2, "steps": 2, **arguments})
+        sample(ConvNetwork(), Process(schedule="cosine"), **options)
 
 
 def test_a_late_first_id_costs_nothing() -> None:

@@ -123,12 +123,20 @@ def test_it_has_one_average(old):
 
 
 @pytest.mark.parametrize(
-    "missing", ["gpus device latent_scale", "ema_std ema_snapshot_every wandb", "k_bins allocation", "weight_decay"]
+    "missing",
+    [
+        "gpus device latent_scale",
+        "evaluation",
+        "eval_vae eval_num",
+        "ema_std ema_snapshot_every wandb",
+        "k_bins allocation",
+        "weight_decay",
+    ],
 )
 def test_options_that_came_later_have_their_defaults(missing):
     values = json.loads(TrainConfig().to_json())
     removed = set()
-    for group in (values, *(values[name] for name in ("process", "optimizer", "ema", "preview"))):
+    for group in (values, *(values[name] for name in ("process", "optimizer", "ema", "preview", "evaluation"))):
         for name in set(words(missing)) & group.keys():
             removed.add(name)
             del group[name]
