@@ -47,6 +47,10 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+SHALLOW = 64
+"""Inner side of the products by which it is seen how fast a CPU multiplies."""
+
+
 def measure_ceilings(device: str | None = None, *, quick: bool = False) -> Ceilings:
     """Measure both; `quick` takes sizes that prove only that it works."""
     device = device or default_device()
@@ -67,10 +71,21 @@ def copy_rate(device: str, numel: int, rounds: int = 9) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int, rounds: int = 3) -> float:
-    """Operations per second of a product of two square matrices; float32 as torch.set_float32_matmul_precision says."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timing = interleave({"matmul": lambda _: lambda: a @ b}, rounds, device=device)["matmul"]
-    return 2 * size**3 / (1e-3 * timing.p50_ms)
+    """Operations per second of a product of two square matrices; float32 as torch.set_float32_matmul_precision says.
+
+    On a CPU they are less deep than wide where a product would take more than a second: one without bfloat16
+    instructions needs minutes for it.
+    """
+    depth = size if device == "cuda" else min(size, SHALLOW)
+    if depth < size:
+        depth = min(size, max(depth, int(depth / _matmul_seconds(device, dtype, size, depth, 1))))
+    return 2 * size**2 * depth / _matmul_seconds(device, dtype, size, depth, rounds)
+
+
+def _matmul_seconds(device: str, dtype: torch.dtype, size: int, depth: int, rounds: int) -> float:
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((size, depth), (depth, size)))
+    timing = interleave({"matmul": lambda _: lambda: a @ b}, rounds, warmup=1 if rounds == 1 else 3, device=device)
+    return 1e-3 * timing["matmul"].p50_ms
 
 
 def device_name() -> str:
