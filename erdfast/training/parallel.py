@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,6 +107,8 @@ class World:
         return bytes(content.tolist()).decode()
 
 
+GONE = "by peer"
+"""Gloo's words where another process is no longer there: its connections are closed, or reset, by peer."""
 MENDABLE = (ValueError, ImportError, OSError, ArithmeticError)
 """What users can mend: one line each, wherever it happens."""
 
@@ -148,6 +151,11 @@ def open_world(device: torch.device) -> Iterator[World]:
         if _said_before(own, error):
             raise SystemExit(2) from None
         raise
+    except RuntimeError as error:
+        if GONE not in str(error):
+            raise
+        sys.stderr.write(f"process {rank} ends, since another process did: see what that one said\n")
+        raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
 

@@ -31,6 +31,13 @@ def alone(_world: World) -> int:
     return 0
 
 
+def waited_for(world: World) -> int:
+    if RANK == 1:
+        raise ValueError("not there")
+    world.barrier()
+    return 0
+
+
 def different(_world: World) -> int:
     raise ValueError(f"different {RANK}")
 
@@ -59,6 +66,7 @@ CASES: dict[str, Callable[[], int]] = {
     "alike": lambda: joined(alike),
     "alone": lambda: joined(alone),
     "different": lambda: joined(different),
+    "waited for": lambda: joined(waited_for),
     "first": lambda: joined(first),
     "bad option": training("--batch-size", "0"),
     "unknown option": training("--no-such-option"),
