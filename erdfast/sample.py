@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+POLL_S = 0.2
+"""Between looks at what other processes have written."""
+
+
 class _Job(NamedTuple):
     """What all guidance scales share."""
 
@@ -142,8 +146,11 @@ def _draw_npz(job: _Job, cfg_scale: float, out: Path, world: World) -> int:
             bar.update(done + parts.rows(others_done) - bar.n)
 
         draw_parts(parts, own, sampler, job.to_pictures, job.labels, advance)
-        world.barrier()
+        while left := parts.missing():  # no barrier as yet: processes give one another up after half an hour
+            bar.update(max(0, num - parts.rows(left) - bar.n))
+            time.sleep(POLL_S)
         bar.update(num - bar.n)
+    world.barrier()  # all have looked: now parts may go
     world.first(lambda: parts.merge(job.labels))
     return num - there
 
