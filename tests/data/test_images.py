@@ -86,5 +86,5 @@ def test_other_arrays_are_refused(images):
 def test_bad_layout():
     with pytest.raises(ValueError, match="columns=0"):
         image_grid(pictures(2), columns=0)
-    with pytest.raises(ValueError, match="2 rows need 2 row_labels, got 1"):
+    with pytest.raises(ValueError, match="4 images in 2 columns need 2 row_labels, got 1"):
         image_grid(pictures(4), columns=2, row_labels=["a"])
