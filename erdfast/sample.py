@@ -5,7 +5,9 @@ Under torchrun the processes share the samples. An npz file that was interrupted
 
 from __future__ import annotations
 
-import sys
+import json
+import math
+import tempfile
 import time
 import zlib
 from collections.abc import Sequence
@@ -25,8 +27,9 @@ from erdfast.data.vae import Decoder, open_decoder
 from erdfast.published_run import PublishedRun, open_run
 from erdfast.sampling import ImageSampler, default_labels
 from erdfast.sampling.drawing import ToPictures, draw_all, draw_parts
-from erdfast.sampling.parts import Parts, begin_parts, rows_per_part
+from erdfast.sampling.parts import Parts, begin_parts, is_made, rows_per_part
 from erdfast.training.parallel import World, open_world
+from erdfast.training.progress import progress_bar
 
 SUFFIXES = (".png", ".npz")
 MOST_COLUMNS = 20
@@ -47,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-POLL_S = 0.2
-"""Between looks at what other processes have written."""
+POLL_S, PATIENCE_S = 0.2, 3600.0
+"""Between looks at what other processes have written; and how long none of them may write anything."""
 
 
 class _Job(NamedTuple):
@@ -93,7 +96,7 @@ class _Job(NamedTuple):
             "seed": config.seed,
             "precision": self.run.precision.name,
             "step": self.run.step,
-            "weights": f"{_fingerprint(self.run.model):08x}",
+            "weights": f"{_fingerprint(self.run.model, self.run.process):08x}",
             "vae": None if self.decoder is None else self.decoder.fingerprint,
             "latent_scale": config.latent_scale,
         }
@@ -120,39 +123,56 @@ def _draw(job: _Job, cfg_scale: float, out: Path, world: World) -> None:
     """One file."""
     begun = time.monotonic()
     count = (_draw_npz if out.suffix == ".npz" else _draw_grid)(job, cfg_scale, out, world)
-    speed = count / (time.monotonic() - begun)
+    speed = f"{count / (time.monotonic() - begun):,.1f} images/s" if count else "drawn before, as they are asked for"
     if world.is_main:
-        print(f"{job.config.num:,} samples: {out} ({speed:,.1f} images/s)", flush=True)
+        print(f"{job.config.num:,} samples: {out} ({speed})", flush=True)
 
 
 def _draw_npz(job: _Job, cfg_scale: float, out: Path, world: World) -> int:
     """Returns how many were drawn now, by all processes."""
     num, shape, sampler = job.config.num, _picture_shape(job), job.sampler(cfg_scale)
-    record = job.record(sampler, cfg_scale) if world.is_main else {}
+    record = job.record(sampler, cfg_scale) | {"num": num, "shape": shape} if world.is_main else {}
+    if world.first(lambda: is_made(out, record)) == str(True):
+        return 0
     rows = rows_per_part(num, shape, job.config.batch_size, world.size)
-    parts = Parts(out, num, shape, int(world.first(lambda: begin_parts(out, num, shape, rows, record))))
-    missing = parts.missing()
+    parts = Parts(out, num, shape, int(world.first(lambda: begin_parts(out, rows, record))))
+    if world.any(not parts.is_begun()):
+        raise ValueError(f"--out {out}: not every process sees {parts.folder}; choose a place that all share")
+    missing = json.loads(world.share_text(json.dumps(parts.missing())))
     world.barrier()  # before any process makes one of them
+    sampler.batch_size = min(sampler.batch_size, parts.ranges[0][1])
     own = missing[world.rank :: world.size]
-    others = set(missing) - set(own)
-    there = num - parts.rows(missing)
-    done = there
+    done = there = num - parts.rows(missing)
     with _bar(job, cfg_scale, world, there) as bar:
 
         def advance(more: int) -> None:
             nonlocal done
             done += more
-            others_done = others - set(parts.missing()) if world.is_main else ()
-            bar.update(done + parts.rows(others_done) - bar.n)
+            others = set(missing) - set(own) - set(parts.missing()) if world.is_main else ()
+            bar.update(done + parts.rows(others) - bar.n)
 
         draw_parts(parts, own, sampler, job.to_pictures, job.labels, advance)
-        while left := parts.missing():  # no barrier as yet: processes give one another up after half an hour
-            bar.update(max(0, num - parts.rows(left) - bar.n))
-            time.sleep(POLL_S)
-        bar.update(num - bar.n)
+        _wait_for_all(parts, bar)
     world.barrier()  # all have looked: now parts may go
-    world.first(lambda: parts.merge(job.labels))
+    world.first(lambda: parts.merge(job.labels, record))
     return num - there
+
+
+def _wait_for_all(parts: Parts, bar: tqdm) -> None:
+    """Until every part is there. No barrier as yet: processes give one another up after half an hour."""
+    left, seen = parts.missing(), time.monotonic()
+    while left:
+        time.sleep(POLL_S)
+        before, left = left, parts.missing()
+        if left != before:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > PATIENCE_S:
+            raise ValueError(
+                f"{parts.path(left[0])}: no process has written it, or any other part, in {PATIENCE_S / 60:.0f} "
+                "minutes: run the same command again"
+            )
+        bar.update(parts.num - parts.rows(left) - bar.n)
+    bar.update(parts.num - bar.n)
 
 
 def _draw_grid(job: _Job, cfg_scale: float, out: Path, world: World) -> int:
@@ -163,7 +183,9 @@ def _draw_grid(job: _Job, cfg_scale: float, out: Path, world: World) -> int:
         def advance(more: int) -> None:
             bar.update(min(more * world.size, num - bar.n))
 
-        pictures = draw_all(job.sampler(cfg_scale), job.to_pictures, num, job.labels, world, advance)
+        sampler = job.sampler(cfg_scale)
+        sampler.batch_size = min(sampler.batch_size, math.ceil(num / world.size))
+        pictures = draw_all(sampler, job.to_pictures, num, job.labels, world, advance)
     world.first(lambda: _save_grid(job, out, pictures))
     return num
 
@@ -185,16 +207,8 @@ def _bar(job: _Job, cfg_scale: float, world: World, initial: int = 0) -> tqdm:
     name = f"{job.run.config.model}, step {job.run.step:,}"
     if len(job.config.cfg_scale) > 1:
         name += f", cfg {cfg_scale:g}"
-    return tqdm(
-        total=job.config.num,
-        initial=initial,
-        unit="image",
-        desc=name,
-        dynamic_ncols=True,
-        delay=0.5,  # not before it is known that arguments and files are good
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file needs few lines
-        disable=not world.is_main,
-    )
+    # Not before it is known that arguments and files are good.
+    return progress_bar(world, total=job.config.num, initial=initial, unit="image", desc=name, delay=0.5)
 
 
 def _picture_shape(job: _Job) -> tuple[int, int, int]:
@@ -206,10 +220,10 @@ def _picture_shape(job: _Job) -> tuple[int, int, int]:
     return job.to_pictures(torch.zeros(1, *latent)).shape[1:]
 
 
-def _fingerprint(model: nn.Module) -> int:
+def _fingerprint(*modules: nn.Module) -> int:
     """CRC-32 of all weights."""
     value = 0
-    for tensor in model.state_dict().values():
+    for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
         value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return value
 
@@ -226,6 +240,8 @@ def _outs(config: SampleConfig) -> list[Path]:
 
 
 def _check_out(outs: Sequence[Path]) -> None:
+    if len(set(outs)) < len(outs):
+        raise ValueError("cfg_scale has numbers that make the same file name: choose them farther apart")
     for out in outs:
         if out.suffix not in SUFFIXES:
             raise ValueError(f"--out {out} must end in {' or '.join(SUFFIXES)}")
@@ -237,6 +253,8 @@ def _make_folder(out: Path) -> None:
     """An impossible --out is noticed before the work, not after it."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
 

@@ -117,6 +117,7 @@ def test_digits_against_the_real_ones(folder, capsys):
         ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8)}, "accuracy needs labels, an array 'arr_1'"),
         ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8), "arr_1": np.arange(9) + 2}, "'arr_1' must be integers in 0..9"),
         ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8), "arr_1": np.arange(8)}, "'arr_1' must be 9, it is 8"),
+        ({"arr_0": np.zeros((9, 8, 8, 3), np.uint8), "arr_1": np.arange(9, dtype=np.uint16) + 9}, "integers in 0..9"),
         ({"arr_0": np.arange(9 * 8 * 8 * 3, dtype=np.uint8).reshape(9, 8, 8, 3)}, "coloured"),
     ],
 )

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "erdfast.presets": {"torch", "erdfast.models"},
     "erdfast.data": {
         *("torch", "numpy", "sklearn", "h5py", "PIL", "diffusers"),
-        *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files", "erdfast.job_file"),
+        *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files", "erdfast.job_file", "erdfast.typed_json"),
     },
     "erdfast.sampling": {
         *("torch", "numpy", "typing_extensions"),
@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "erdfast.evaluation": {
         *("torch", "numpy", "sklearn", "safetensors", "matplotlib"),
-        *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data", "erdfast.group"),
+        *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data", "erdfast.group", "erdfast.monitoring"),
     },
     "erdfast.monitoring": {"erdfast.typed_json"},
     "erdfast.config": {"erdfast.process", "erdfast.typed_json", "erdfast.monitoring"},

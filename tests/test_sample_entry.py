@@ -2,10 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from erdfast import cli, encode, sample, train
+from erdfast import cli, sample, train
 from erdfast.data.images import image_grid
-from erdfast.data.source import edm2_whitening
-from erdfast.data.vae import Decoder
 from erdfast.published_run import open_run
 from erdfast.sampling import parts as parts_module
 from erdfast.sampling import sample as draw
 from tests.runs import ROOT, TINY, refused, single_thread, words
-from tests.vaes import save_tiny_vae
 
 CPU = torch.device("cpu")
 COMMON = words("--steps 3 --precision fp32 --batch-size 8 --cfg-scale 1.5")
@@ -69,7 +67,14 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def launched(run: Path, out: Path, *arguments: object, processes: int = 2, code: str = "") -> int:
-    """The entry point in other processes; returns the exit code."""
+    """The exit code of the entry point in other processes."""
+    return launch(run, out, *arguments, processes=processes, code=code).returncode
+
+
+def launch(
+    run: Path, out: Path, *arguments: object, processes: int = 2, code: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The entry point in other processes, after `code`."""
     program = f"from erdfast.sampling import parts; parts.PART_BYTES = 1\n{code}\nfrom erdfast import cli, sample\n"
     script = out.with_suffix(".py")
     script.write_text(program + "cli.run(sample.main, 'erdfast.sample')\n")
@@ -78,7 +83,9 @@ def launched(run: Path, out: Path, *arguments: object, processes: int = 2, code:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*start, script, "--", "--run", run, "--out", out, *COMMON, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=300).returncode
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, cwd=cwd
+    )
 
 
 # ---------------------------------------------------------------------------- parts
@@ -199,6 +206,93 @@ def test_a_damaged_job_is_named(run, tmp_path, small_parts, monkeypatch, capsys,
     assert str(job) in line or "was begun with" in line
 
 
+def test_parts_of_unknown_work_are_not_taken(run, tmp_path, small_parts):
+    """A folder that was being removed when the process was killed."""
+    whole = sampled(run, tmp_path / "whole.npz", "--num", 37)
+    folder = parts_module.folder_of(tmp_path / "out.npz")
+    folder.mkdir()
+    np.save(folder / "part-00000-of-00005.npy", np.full((8, 8, 8, 3), 77, np.uint8))
+    assert sampled(run, tmp_path / "out.npz", "--num", 37).read_bytes() == whole.read_bytes()
+
+
+def test_what_is_there_is_not_drawn_again(run, tmp_path, small_parts, monkeypatch, capsys):
+    drawn: list[Path] = []
+
+    def noting(parts, *arguments, real=sample.draw_parts):
+        drawn.append(parts.out)
+        real(parts, *arguments)
+
+    monkeypatch.setattr(sample, "draw_parts", noting)
+    out, sweep = tmp_path / "s.npz", ["--num", 8, "--cfg-scale", 1]
+    sampled(run, out, *sweep, 2)
+    assert len(drawn) == 2
+    sampled(run, out, *sweep, 2, 3)
+    assert drawn[2:] == [tmp_path / "s-cfg3.npz"]
+    assert capsys.readouterr().out.count("drawn before") == 2
+    sampled(run, out, *sweep, 2, "--seed", 1)  # other images
+    assert len(drawn) == 5
+    left = parts_module.folder_of(tmp_path / "s-cfg2.npz")  # of a process that was killed after the file was made
+    with zipfile.ZipFile(tmp_path / "s-cfg2.npz") as archive:
+        job = json.loads(archive.comment)
+    left.mkdir()
+    (left / "job.json").write_text(json.dumps(job | {"rows": 8}))
+    sampled(run, out, *sweep, 2, "--seed", 1)
+    assert len(drawn) == 5
+    assert not left.exists()
+
+
+def test_a_part_that_nobody_writes_is_named(tmp_path, monkeypatch):
+    parts = parts_module.Parts(tmp_path / "s.npz", 8, (2, 2, 3), 4)
+    parts.folder.mkdir()
+    parts.write(0, np.zeros((4, 2, 2, 3), np.uint8))
+    monkeypatch.setattr(sample, "POLL_S", 0.001)
+    monkeypatch.setattr(sample, "PATIENCE_S", 0.01)
+    with tqdm(total=8) as bar, pytest.raises(ValueError, match=r"part-00001-of-00002\.npy: no process has written it"):
+        sample._wait_for_all(parts, bar)
+    parts.write(1, np.zeros((4, 2, 2, 3), np.uint8))
+    with tqdm(total=8) as bar:
+        sample._wait_for_all(parts, bar)
+        assert bar.n == 8
+
+
+@pytest.mark.slow
+def test_every_process_must_see_the_folder(run, tmp_path):
+    """As on machines without a common file system: each is in a folder of its own."""
+    code = "import os\nos.makedirs(os.environ['RANK'], exist_ok=True)\nos.chdir(os.environ['RANK'])\n"
+    done = launch(run, tmp_path / "out.npz", "--num", 37, "--out", "x.npz", code=code, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "not every process sees x.npz.parts" in done.stderr
+
+
+@pytest.mark.parametrize("num", [6, 37])
+@pytest.mark.parametrize("name", ["s.npz", "s.png"])
+def test_compiled_batches_are_no_larger_than_needed(run, tmp_path, monkeypatch, num, name):
+    sizes: set[int] = set()
+
+    def call(model, *, dynamic):
+        assert dynamic is False
+        return lambda x, time, y: (sizes.add(len(x)), model(x, time, y))[1]
+
+    monkeypatch.setattr(torch, "compile", call)
+    sampled(run, tmp_path / name, "--num", num, "--compile", "--cfg-scale", 1, "--batch-size", 32)
+    assert sizes == {min(num, 32)}
+
+
+def test_an_impossible_out_is_noticed_before_the_work(run, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "draw_all", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(sample, "draw_parts", lambda *_: pytest.fail("too late"))
+    for name in ("/proc/a.png", "/proc/a.npz"):
+        assert f"--out {name} cannot be written" in refused(capsys, sample.main, ["--run", run, "--out", name])
+
+
+def test_a_learnt_target_is_part_of_the_weights(run):
+    process = open_run(run, "fp32", CPU).process
+    model = torch.nn.Linear(2, 2)
+    other = torch.nn.Linear(1, 1)
+    assert sample._fingerprint(model, process) == sample._fingerprint(model, process)
+    assert sample._fingerprint(model, process) != sample._fingerprint(model, other)
+
+
 def test_killed_at_any_moment(run, tmp_path):
     """Before, in the middle of and after writing a part, while merging, and after it."""
     assert launched(run, tmp_path / "whole.npz", "--num", 37, processes=1) == 0
@@ -278,6 +372,7 @@ def test_sweep_of_guidance(run, tmp_path):
     ("options", "message"),
     [
         (["--cfg-scale", 1, 1], "different numbers"),
+        (["--cfg-scale", 1, 1.0000001], "the same file name"),
         (["--cfg-scale", 1, -1], "cfg_scale is -1.0"),
         (["--latent-scale", "sd"], "latent_scale goes with --vae"),
         (["--vae-precision", "bf16"], "vae_precision goes with --vae"),
@@ -330,86 +425,3 @@ def test_compiled_samples_are_the_same(run, tmp_path):
 
 def test_torchrun_needs_two_hyphens(run, tmp_path):
     assert sample.main(["--", "--run", str(run), "--out", str(tmp_path / "g.png"), "--num", "2", "--steps", "2"]) == 0
-
-
-# ---------------------------------------------------------------------------- VAE
-
-
-@pytest.fixture(scope="module")
-def latent_run(tmp_path_factory) -> tuple[Path, Path]:
-    """A run on encoded pictures, and the VAE."""
-    root = tmp_path_factory.mktemp("latents")
-    vae = save_tiny_vae(root / "vae")
-    pixels = np.random.RandomState(0).randint(0, 256, (24, 16, 16, 3), dtype=np.uint8)
-    np.savez(root / "p.npz", arr_0=pixels, arr_1=np.arange(24) % 3)
-    common = ["--data", root / "p.npz", "--vae", vae, "--size", 16, "--dtype", "fp32", "--out", root / "data"]
-    assert encode.main([*map(str, common)]) == 0
-    options = words("--model uvit_tiny --batch-size 8 --steps 2 --precision fp32 --sample-every 0 --no-tensorboard")
-    assert train.main([*options, "--data", str(root / "data"), "--out", str(root / "run")]) == 0
-    return root / "run", vae
-
-
-def test_latents_become_pictures(latent_run, tmp_path):
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    run, vae = latent_run
-    got = arrays(sampled(run, tmp_path / "s.npz", "--num", 20, "--vae", vae))["arr_0"]
-    opened = open_run(run, "fp32", CPU)
-    images = draw(opened.model, opened.process, num=20, cfg_scale=1.5, steps=3, batch_size=8)
-    with torch.inference_mode():
-        pictures = AutoencoderKL.from_pretrained(str(vae)).decode(images / 0.18215).sample  # pyright: ignore
-    expected = ((pictures + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(int)
-    assert got.shape == (20, 16, 16, 3)
-    assert got.std() > 1
-    assert np.abs(got - expected).max() <= 1
-    grid = sampled(run, tmp_path / "g.png", "--num", 6, "--vae", vae)
-    assert Image.open(grid).width > 3 * 64
-
-
-def test_units_that_are_not_known_must_be_given(tmp_path, capsys, latent_run):
-    _, vae = latent_run
-    np.savez(tmp_path / "l.npz", latents=np.random.RandomState(0).randn(32, 4, 8, 8).astype(np.float32))
-    options = words("--model uvit_tiny --batch-size 8 --steps 1 --precision fp32 --sample-every 0 --no-tensorboard")
-    assert train.main([*options, "--data", str(tmp_path / "l.npz"), "--out", str(tmp_path / "run")]) == 0
-    common = ["--run", tmp_path / "run", "--vae", vae, "--num", 4, "--steps", 2, "--out", tmp_path / "s.npz"]
-    assert "choose --latent-scale sd" in refused(capsys, sample.main, common)
-    pictures = {}
-    for scale in ("sd", "stored"):
-        assert sample.main([*map(str, common), "--latent-scale", scale]) == 0
-        pictures[scale] = arrays(tmp_path / "s.npz")["arr_0"]
-    assert not np.array_equal(pictures["sd"], pictures["stored"])
-
-
-def test_another_vae_is_refused(latent_run, tmp_path, capsys):
-    run, _ = latent_run
-    other = save_tiny_vae(tmp_path / "other", latent_channels=8)
-    line = refused(capsys, sample.main, ["--run", run, "--vae", other, "--out", tmp_path / "s.npz"])
-    assert "8 channels" in line
-    shutil.rmtree(other)
-
-
-def test_edm2_pictures_are_in_another_range(latent_run):
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    _, vae = latent_run
-    x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    raw = x / edm2_whitening(4).scale - edm2_whitening(4).bias / edm2_whitening(4).scale
-    with torch.inference_mode():
-        pictures = AutoencoderKL.from_pretrained(str(vae)).decode(raw).sample  # pyright: ignore
-    expected = (pictures.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy().astype(int)
-    got = Decoder(vae, CPU, torch.float32, units="edm2").pictures(x)
-    assert got.std() > 1
-    assert np.abs(got - expected).max() <= 1
-
-
-def test_a_decoder_works_in_tiles(latent_run):
-    _, vae = latent_run
-    x = torch.randn(7, 4, 8, 8)
-    whole = Decoder(vae, CPU, torch.float32, batch=7).pictures(x)
-    tiled = Decoder(vae, CPU, torch.float32, batch=3).pictures(x)
-    assert whole.shape == (7, 16, 16, 3)
-    assert np.abs(whole.astype(int) - tiled).max() <= 1
-    with pytest.raises(ValueError, match="4 channels"):
-        Decoder(vae, CPU, torch.float32).pictures(torch.randn(1, 3, 8, 8))
-    with pytest.raises(ArithmeticError, match="not finite"):
-        Decoder(vae, CPU, torch.float32).pictures(torch.full((1, 4, 8, 8), torch.nan))

@@ -56,11 +56,7 @@ class Writer:
         note, scale = self.dataset.note, self.dataset.gather(torch.zeros(1, dtype=torch.int64)).moments_scale
         units = self.dataset.vae_units
         if self.encoder is not None:
-            note, scale, units = (
-                self.encoder.scaling.note,
-                self.encoder.scaling.moments_scale,
-                self.encoder.network_units,
-            )
+            (_, scale, note), units = self.encoder.scaling, self.encoder.network_units
         names, classes = self.dataset.class_names, self.dataset.num_classes
         return Manifest(
             kind=self.kind,
@@ -160,6 +156,7 @@ def begin(out: Path, writer: Writer, plan: Plan) -> bool:
     """
     job = {**json.loads(writer.manifest.to_json()), "ranges": len(plan.ranges)}
     job |= {"data": writer.dataset.fingerprint(), "vae": writer.encoder and writer.encoder.fingerprint}
+    del job["vae_units"]  # follow from these and from the note; folders begun by older versions do not have them
     begun = (out / JOB).exists()
     if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and was not made by erdfast.encode: choose a new or empty folder")

@@ -133,21 +133,30 @@ def rescaled(source: Source, asked: str) -> Source:
         raise ValueError(f"latents must be (N, C, H, W), got (N, {', '.join(map(str, source.rows.shape))})")
     if chosen == "auto":
         chosen = _guess(source)
-    moments = source.kind == "moments"
-    raw = source.scale != "stored" or source.affine is not None  # this format holds what the VAE gave
-    units = factor_units(1.0, _channels(source)) if raw else None
-    source = source._replace(affine=None, note="as stored", moments_scale=1.0 if moments else None, units=units)
+    moments, channels = source.kind == "moments", _channels(source)
+    factor = SD_VAE_SCALE if chosen == "sd" else 1.0
+    after = edm2_units(channels) if chosen == "edm2" else factor_units(factor, channels)
+    source = source._replace(units=_units_after(source, chosen, after), affine=None, note="as stored")
+    source = source._replace(moments_scale=1.0 if moments else None)
     if chosen == "edm2":
         note = f"given to the VAE in [0, 1], whitened to std {_EDM2_FINAL_STD} (EDM2)"
-        units = edm2_units(_channels(source))
-        return source._replace(affine=units.affine, note=note, units=units)
-    units = factor_units(SD_VAE_SCALE, _channels(source))
+        return source._replace(affine=after.affine, note=note)
     if chosen == "sd" and moments:
-        note = f"posterior draws times {SD_VAE_SCALE}"
-        return source._replace(moments_scale=SD_VAE_SCALE, note=note, units=units)
+        return source._replace(moments_scale=factor, note=f"posterior draws times {factor}")
     if chosen == "sd":
-        return source._replace(affine=units.affine, note=f"times {SD_VAE_SCALE}", units=units)
+        return source._replace(affine=after.affine, note=f"times {factor}")
     return source
+
+
+def _units_after(source: Source, chosen: str, after: VaeUnits) -> VaeUnits | None:
+    """Of the rows as they are stored, brought to a scale by `after`."""
+    if source.scale != "stored" or source.affine is not None:  # this format holds what the VAE gave
+        return after
+    if source.units is None:  # whoever asks for a scale says that these rows are what the VAE gave
+        return None if chosen == "stored" else after
+    (scale, bias), drawn = source.units.affine, source.moments_scale or 1.0
+    factor, shift = after.affine
+    return source.units._replace(affine=Affine(scale / drawn * factor, bias / drawn * factor + shift))
 
 
 def edm2_whitening(channels: int) -> Affine:

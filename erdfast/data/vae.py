@@ -3,14 +3,16 @@ at use."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from erdfast.tensor_files import checksum
+from erdfast.typed_json import read_object
 
 from .dataset import Dataset, Shape, format_shape, unit_to_uint8
 from .source import SD_VAE_SCALE, Affine, VaeUnits, edm2_units, factor_units
@@ -47,9 +49,12 @@ class Autoencoder:
                 f"{folder} holds no config.json: expected a folder that AutoencoderKL.save_pretrained wrote"
             )
         try:
-            vae: Any = AutoencoderKL.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+            _check_config(read_object((folder / "config.json").read_text()))
+            vae, report = cast(Any, AutoencoderKL).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
             )
+            if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:  # diffusers would draw them at random
+                raise ValueError(f"{len(lacking)} tensors are missing or of another shape, {lacking[0]} for one")
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ValueError(f"{folder}: the VAE cannot be loaded: {' '.join(str(error).split())}") from error
         self.folder, self.device, self.dtype = folder, device, dtype
@@ -187,8 +192,10 @@ def open_decoder(
         ValueError: the data do not say it, or are no latents of this VAE.
         ImportError: without diffusers.
     """
+    if getattr(dataset, "kind", "") == "pixels":
+        raise ValueError(f"--vae {folder} is for latents, and these data are pictures: {dataset.describe()}")
     units = dataset.vae_units if latent_scale == "auto" else latent_scale
-    if units is None and dataset.shape[0] not in (1, 3):  # of pixels the VAE itself complains below
+    if units is None:
         raise ValueError(
             f"the data do not say how their latents come from a VAE's ({dataset.describe()}): choose --latent-scale sd "
             "(times the VAE's own scaling factor), edm2 or stored (as the VAE gives them)"
@@ -196,6 +203,17 @@ def open_decoder(
     decoder = Decoder(folder, device, dtype, units)
     decoder.shape(dataset.shape)
     return decoder
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for another class, which diffusers would read all the same, or numbers that are none."""
+    name = config.get("_class_name", "AutoencoderKL")
+    if name != "AutoencoderKL":
+        raise ValueError(f"config.json is of a {name}, not of an AutoencoderKL")
+    for key, least in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
+        value = config.get(key)
+        if value is not None and not (type(value) in (int, float) and least < value < math.inf):
+            raise ValueError(f"{key} in config.json is {value!r}")
 
 
 def _check_finite(x: Tensor, what: str) -> None:

@@ -40,6 +40,7 @@ def _labels(path: Path, count: int) -> Tensor:
     if "arr_1" not in arrays:
         raise ValueError(f"{path}: accuracy needs labels, an array 'arr_1'")
     labels = read_array(path, arrays, "arr_1", (count,))
-    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) > 9:
+    whole = labels.long()
+    if labels.is_floating_point() or int(whole.min()) < 0 or int(whole.max()) > 9:
         raise ValueError(f"{path}: 'arr_1' must be integers in 0..9")
-    return labels.long()
+    return whole

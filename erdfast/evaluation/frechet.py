@@ -10,8 +10,9 @@ half of them to rounding. F comes from the eigenvalues of C, and F F^T is compar
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,7 +81,8 @@ class Gaussian:
         """
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"{self.mean.numel()} features cannot be compared with {other.mean.numel()}")
-        overlap = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
+        with _converging():
+            overlap = torch.linalg.svdvals(self.factor.T @ other.factor).sum()
         traces = self.covariance.trace() + other.covariance.trace()
         return max(float((self.mean - other.mean).square().sum() + traces - 2.0 * overlap), 0.0)
 
@@ -109,7 +111,8 @@ def covariance_factor(covariance: Tensor) -> Tensor:
         ValueError: F F^T differs from it: it is not symmetric, or has negative eigenvalues beyond rounding.
     """
     matrix = covariance.to(torch.float64)
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    with _converging():
+        values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp_min(0.0)
     factor = vectors[:, kept] * values[kept].sqrt()
     size = matrix.norm()
@@ -120,6 +123,15 @@ def covariance_factor(covariance: Tensor) -> Tensor:
             f"{ROOT_TOLERANCE:g}), its eigenvalues are {float(values[0]):.3g} to {float(values[-1]):.3g}"
         )
     return factor
+
+
+@contextlib.contextmanager
+def _converging() -> Iterator[None]:
+    """A decomposition that fails is a ValueError, as other matrices that make no sense are."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]  # documented as public
+        raise ValueError(f"a matrix cannot be decomposed: {error}") from error
 
 
 def _float64(array: Array) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from erdfast.group import ALONE, Group
+from erdfast.monitoring import PICTURE_METRICS
 
 from .features import Summary, Wanted
 from .precision_recall import precision_recall
@@ -36,12 +37,11 @@ METRICS: dict[str, Metric] = {
 """fid to recall as ADM defines them (Dhariwal and Nichol 2021), of pictures; fd of features of any network, with
 precision and recall of the same features; accuracy of the labels that a classifier of digits gives."""
 KINDS: dict[str, tuple[str, ...]] = {
-    "pictures": ("fid", "sfid", "is", "precision", "recall"),
+    "pictures": PICTURE_METRICS,
     "features": ("fd", "precision", "recall"),
     "digits": ("fd", "precision", "recall", "accuracy"),
 }
 """What can be measured of what."""
-PICTURE_METRICS = KINDS["pictures"]
 
 
 def check_metrics(metrics: Sequence[str], kind: str = "pictures") -> None:
@@ -107,8 +107,16 @@ def measure(
 
 def _of_first(group: Group, compute: Callable[[], float]) -> float:
     """What the first process computes, in all of them: decompositions on the same cores would only take turns."""
-    value = torch.tensor(compute() if group.rank == 0 else 0.0, dtype=torch.float64)
-    return float(group.all_reduce(value))
+    value, failed = 0.0, None
+    if group.rank == 0:
+        try:
+            value = compute()
+        except ValueError as error:  # the others wait for this one
+            failed = error
+    found = group.all_reduce(torch.tensor([value, float(failed is not None)], dtype=torch.float64))
+    if found[1]:
+        raise ValueError(str(failed) if failed else "the first process could not compute a distance") from failed
+    return float(found[0])
 
 
 def warnings_of(summary: Summary) -> list[str]:

@@ -15,7 +15,7 @@ from erdfast.group import ALONE, Group
 from erdfast.tensor_files import checksum
 
 from .comparison import Row
-from .digits import load_real_digits, recognised_share
+from .digits import KnownDigits, load_real_digits, recognised_share
 from .digits_files import open_digits
 from .features import Progress, Summary, Wanted, summarise_features, summarise_images
 from .files import open_features, open_images, open_npz, read_array
@@ -140,18 +140,18 @@ class Measurement:
             ValueError: naming a file and what is wrong with it. ImportError: without scikit-learn.
         """
         opened = [open_digits(path, labelled="accuracy" in metrics) for path in samples]
-        real, _ = load_real_digits()
-        known, theirs = FeatureStatistics.of(real).gaussian(), real.flatten(1)
+        known = KnownDigits()
+        theirs = known.features(load_real_digits()[0])
         rows = []
         for path, (images, labels) in zip(samples, opened, strict=True):
             values: dict[str, float] = {}
             with _named(path):
                 if "fd" in metrics:
-                    values["fd"] = FeatureStatistics.of(images).gaussian().distance(known)
+                    values["fd"] = FeatureStatistics.of(images).gaussian().distance(known.gaussian)
                 if labels is not None:
                     values["accuracy"] = recognised_share(images, labels)
             if "precision" in metrics or "recall" in metrics:
-                values |= self._shares(path, images.flatten(1), theirs)
+                values |= self._shares(path, known.features(images), theirs)
             rows.append(Row(file=path, count=len(images), values={name: values[name] for name in metrics}))
         return rows
 

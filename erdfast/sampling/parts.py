@@ -9,6 +9,7 @@ Which rows a part holds is settled when the work begins: it may go on in another
 from __future__ import annotations
 
 import glob
+import json
 import math
 import shutil
 import zipfile
@@ -47,6 +48,10 @@ class Parts:
         """File of a part."""
         return self.folder / f"part-{number:05d}-of-{len(self.ranges):05d}.npy"
 
+    def is_begun(self) -> bool:
+        """Whether this process sees the folder."""
+        return (self.folder / JOB).exists()
+
     def missing(self) -> list[int]:
         """Numbers of the parts that are not on disk."""
         return [number for number in range(len(self.ranges)) if not self.path(number).exists()]
@@ -64,11 +69,12 @@ class Parts:
         with atomic_write(self.path(number)) as stream:
             np.save(stream, pictures, allow_pickle=False)
 
-    def merge(self, labels: Tensor | None) -> None:
+    def merge(self, labels: Tensor | None, job: dict[str, Any]) -> None:
         """Make the npz file of all parts, then remove them; by one process. Memory is that of a part.
 
         Args:
             labels: (num,) int64, stored as `arr_1`; None for a file without it.
+            job: see `begin_parts`; it becomes the file's comment, which `is_made` reads.
 
         Raises:
             ValueError: a part is missing or damaged; names it. OSError: the file cannot be written; the parts stay.
@@ -81,7 +87,8 @@ class Parts:
                 numbers = labels.numpy()
                 with _member(archive, "arr_1.npy") as member:
                     _write_npy(member, numbers.shape, numbers.dtype, [numbers])
-        shutil.rmtree(self.folder)
+            archive.comment = _comment(job)
+        _remove(self.folder)
 
     def _read(self, number: int) -> np.ndarray:
         """A part in RGB."""
@@ -104,12 +111,25 @@ def rows_per_part(num: int, shape: tuple[int, int, int], batch_size: int, proces
     return batch * max(1, min(PART_BYTES // math.prod(shape), share) // batch)
 
 
-def begin_parts(out: Path, num: int, shape: tuple[int, int, int], rows: int, job: dict[str, Any]) -> int:
+def is_made(out: Path, job: dict[str, Any]) -> bool:
+    """Whether the npz file is there, of the very same work; what a kill left of its parts is removed then."""
+    comment = _comment(job)
+    try:
+        with zipfile.ZipFile(out) as archive:
+            made = bool(comment) and archive.comment == comment
+    except (OSError, zipfile.BadZipFile):
+        return False
+    if made and _comment_of(folder_of(out)) == comment:
+        _remove(folder_of(out))
+    return made
+
+
+def begin_parts(out: Path, rows: int, job: dict[str, Any]) -> int:
     """Begin the work, or go on with it; by one process.
 
     Args:
-        out, num, shape, rows: see Parts.
-        job: what else determines the pictures, as JSON values.
+        out, rows: see Parts.
+        job: what determines the pictures, as JSON values.
 
     Returns:
         The rows of a part: those of the first time.
@@ -118,7 +138,8 @@ def begin_parts(out: Path, num: int, shape: tuple[int, int, int], rows: int, job
         ValueError: work of other options lies there; says which. OSError: it cannot be written.
     """
     folder = folder_of(out)
-    job = {**job, "num": num, "shape": list(shape)}
+    if not (folder / JOB).exists():  # parts without it are of who knows what work
+        _remove_parts(folder)
     advice = f"choose another --out, or remove {folder}"
     begun = begin_job(folder / JOB, job, settled={"rows": rows}, advice=advice)
     if begun is None:
@@ -129,6 +150,33 @@ def begin_parts(out: Path, num: int, shape: tuple[int, int, int], rows: int, job
     if type(settled) is not int or settled < 1:
         raise ValueError(f"{folder / JOB} cannot be read: rows is {settled!r}")
     return settled
+
+
+def _remove(folder: Path) -> None:
+    """Parts first: without what says of which work they are, they could be taken for another's."""
+    _remove_parts(folder)
+    shutil.rmtree(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    for path in folder.glob("part-*.npy"):
+        path.unlink()
+
+
+def _comment(job: dict[str, Any]) -> bytes:
+    """What a zip file can say of its work; nothing of one with thousands of classes."""
+    text = json.dumps(job, sort_keys=True).encode()
+    return text if len(text) <= zipfile.ZIP_MAX_COMMENT else b""
+
+
+def _comment_of(folder: Path) -> bytes:
+    """The same, of a folder of parts; nothing where there is none."""
+    try:
+        job = json.loads((folder / JOB).read_text())
+        job.pop("rows", None)
+    except (OSError, ValueError, AttributeError):
+        return b""
+    return _comment(job)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -89,8 +89,8 @@ class Evaluator:
 
     def _recorded(self) -> set[int]:
         """The steps of which metrics.jsonl has an evaluation, and 0, at which there is nothing to evaluate."""
-        steps = [0, *(evaluated_steps(self.run) if self.world.is_main else [])]
-        return {*map(int, self.world.share_text(" ".join(map(str, steps))).split())}
+        steps = self.world.first(lambda: " ".join(map(str, evaluated_steps(self.run))))
+        return {0, *map(int, steps.split())}
 
     def evaluate(self, step: int) -> dict[str, Any] | None:
         """The record of an evaluation at a step that is due; None if something was in the way, which has been said."""
@@ -102,12 +102,15 @@ class Evaluator:
         if (pending := self.measure.prepare()) is not None:
             if self._apart("pictures of the reference", pending.total, pending.work, step) is None:
                 return None
-            pending.join()
+            if self._together(pending.join, step) is None:
+                return None
         num = self.config.eval_num
         sums = self._apart(f"evaluation at step {step:,}", num, partial(self._draw, self.measure), step)
         if sums is None:
             return None
-        values = sums.values()
+        values = self._together(sums.values, step)
+        if values is None:
+            return None
         seconds = time.monotonic() - begun
         self.say(f"evaluation at step {step:,}: {describe(values)} ({num:,} images, {seconds:.0f} s)")
         return make_record(self.config, step, values)
@@ -145,6 +148,18 @@ class Evaluator:
             sums.add(images, self._first + places, None if labels is None else labels[places])
             progress(len(images))
         return sums
+
+    def _together(self, work: Callable[[], Result], step: int) -> Result | None:
+        """The result of work that all processes do at the same time and that ends alike in all of them.
+
+        Memory that is used up in one of several ends the run: the others wait for it, in the middle of a sum.
+        """
+        alone = (torch.OutOfMemoryError,) if self.world.size == 1 else ()
+        try:
+            return work()
+        except (ValueError, ArithmeticError, *alone) as error:
+            self.say(f"no evaluation at step {step:,}: {' '.join(str(error).split())[:300] or type(error).__name__}")
+            return None
 
     def _apart(self, what: str, total: int, work: Callable[[Progress], Result], step: int) -> Result | None:
         """The result of work of which every process does its part, if all came to its end.

@@ -305,7 +305,8 @@ class ReferencePictures:
             progress(len(indices))
         return True
 
-    def join(self) -> None:
-        """Once it is done in all processes, which must all call it."""
+    def join(self) -> bool:
+        """Once it is done in all processes, which must all call it; true at its end."""
         assert self._sums is not None
         self._of.complete(self._sums.joined(self._of.world))
+        return True

@@ -14,7 +14,7 @@ from torch import Tensor
 from erdfast import encode
 from erdfast.data import FileDataset
 from erdfast.data.source import SD_VAE_SCALE
-from erdfast.data.store import MANIFEST
+from erdfast.data.store import JOB, MANIFEST
 from tests.data.test_formats import EDM2_MEAN, edm2_files, moments, npy, write
 
 RAW = moments(12, EDM2_MEAN)
@@ -92,6 +92,46 @@ def test_plain_arrays_say_nothing(tmp_path):
     for scale in ("sd", "edm2"):  # but users may
         data = FileDataset(tmp_path / "l.npz", latent_scale=scale)
         np.testing.assert_allclose(latents(data).numpy(), RAW[:, :4], rtol=1e-4, atol=1e-5)
+
+
+def scaled_store(folder: Path, **manifest: object) -> Path:
+    """Our own format, of latents or moments, with what its erdfast.json shall say."""
+    np.save(folder / "l.npy", RAW[:, :4])
+    options = ["--data", folder / "l.npy", "--convert", "--dtype", "fp32", "--out", folder / "store"]
+    assert encode.main([*map(str, options)]) == 0
+    path = folder / "store" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | manifest))
+    return folder / "store"
+
+
+@pytest.mark.parametrize("zero_to_one", [False, True])
+@pytest.mark.parametrize("scale", ["auto", "stored", "sd", "edm2"])
+def test_scales_are_composed(tmp_path, scale, zero_to_one):
+    """A folder whose rows are (latent - 1) / 2 already."""
+    units = {"scale": [0.5] * 4, "bias": [-0.5] * 4, "zero_to_one": zero_to_one}
+    data = FileDataset(scaled_store(tmp_path, vae_units=units), latent_scale=scale)
+    np.testing.assert_allclose(latents(data).numpy(), 2 * RAW[:, :4] + 1, rtol=1e-4, atol=1e-5)
+    assert data.vae_units is not None
+    assert data.vae_units.zero_to_one == zero_to_one
+
+
+@pytest.mark.parametrize("scale", ["auto", "stored", "sd", "edm2"])
+def test_moments_are_composed_without_their_factor(tmp_path, scale):
+    path = repa(tmp_path / "data")
+    options = ["--data", path, "--convert", "--no-flips", "--dtype", "fp32", "--out", tmp_path / "new"]
+    assert encode.main([*map(str, options)]) == 0
+    before, after = FileDataset(path, latent_scale="stored"), FileDataset(tmp_path / "new", latent_scale=scale)
+    torch.testing.assert_close(latents(after), latents(before), rtol=1e-4, atol=1e-5)
+    assert after.vae_units is not None
+    assert not after.vae_units.zero_to_one
+
+
+def test_an_older_unfinished_folder_goes_on(tmp_path):
+    np.save(tmp_path / "l.npy", RAW[:, :4])
+    options = ["--data", str(tmp_path / "l.npy"), "--convert", "--out", str(tmp_path / "new")]
+    assert encode.main(options) == 0
+    assert "vae_units" not in json.loads((tmp_path / "new" / JOB).read_text())
+    assert encode.main(options) == 0
 
 
 @pytest.mark.parametrize(

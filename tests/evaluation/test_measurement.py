@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from erdfast.evaluation.features import Wanted, own_batches, summarise_images
 from erdfast.evaluation.files import open_features, open_images
 from erdfast.evaluation.inception_score import inception_score
-from erdfast.evaluation.measure import check_metrics
+from erdfast.evaluation.measure import _of_first, check_metrics
 from erdfast.evaluation.measurement import Measurement
 from erdfast.evaluation.precision_recall import precision_recall
 from tests.evaluation.inception_files import SmallNetwork, save_pictures, use_small_network
@@ -252,6 +252,30 @@ def test_metric_names():
     for wrong in ([], ["is", "is"]):
         with pytest.raises(ValueError, match="name each once"):
             check_metrics(wrong)
+
+
+class Pair:
+    """The group of two processes, as one of them sees it that gets `found` from every sum."""
+
+    size = 2
+
+    def __init__(self, rank: int, found: list[float] | None = None) -> None:
+        self.rank, self.found = rank, found
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.found is None else torch.tensor(self.found, dtype=tensor.dtype)
+
+
+def test_no_process_waits_for_a_distance_that_cannot_be_computed():
+    def fail() -> float:
+        raise ValueError("no covariance")
+
+    with pytest.raises(ValueError, match="no covariance"):
+        _of_first(Pair(0), fail)  # after the sum, in which the others learn of it
+    with pytest.raises(ValueError, match="the first process could not compute"):
+        _of_first(Pair(1, [0.0, 1.0]), fail)
+    assert _of_first(Pair(1, [2.5, 0.0]), fail) == 2.5
+    assert _of_first(Pair(0), lambda: 2.5) == 2.5
 
 
 # ---------------------------------------------------------------------- features of any network

@@ -1,11 +1,14 @@
 """Labels in turn, and the npz file of ADM's evaluation."""
 
+import errno
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from erdfast.atomic import atomic_write
 from erdfast.sampling.output import default_labels, save_npz
 
 
@@ -59,6 +62,16 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         save_npz(path, np.ones((1, 4, 4, 3), np.uint8))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """The system says what is wrong with a write, but not where."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EFBIG, "File too large")):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "a.npz"))), atomic_write(tmp_path / "a.npz"):
+            raise error
+    with pytest.raises(OSError, match="another"), atomic_write(tmp_path / "a.npz"):
+        raise OSError(errno.EIO, "Input/output error", "another")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_images(tmp_path: Path) -> None:

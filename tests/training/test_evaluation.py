@@ -342,6 +342,27 @@ def test_a_run_survives_an_evaluation_that_fails(tmp_path, monkeypatch, error, w
     assert_same_bits(all_tensors(tmp_path / "with"), all_tensors(tmp_path / "without"))
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no covariance")])
+def test_a_run_survives_sums_that_cannot_be_joined(tmp_path, error):
+    tiny_trainer(tmp_path / "without", steps=4).train()
+    trainer = tiny_trainer(tmp_path / "with", steps=4, **EVAL)
+    assert trainer.evaluator.measure is not None
+    begin = trainer.evaluator.measure.begin
+
+    def failing(total):
+        sums = begin(total)
+        if trainer.step <= 2:
+            sums.values = lambda: (_ for _ in ()).throw(error)
+        return sums
+
+    object.__setattr__(trainer.evaluator.measure, "begin", failing)  # which is frozen
+    said = listening(trainer)
+    trainer.train()
+    assert evaluated_steps(tmp_path / "with") == [4]
+    assert f"no evaluation at step 2: {error}" in said
+    assert_same_bits(all_tensors(tmp_path / "with"), all_tensors(tmp_path / "without"))
+
+
 def test_a_record_that_cannot_be_written(tmp_path, monkeypatch):
     write = MetricsWriter.write
 
