@@ -60,8 +60,9 @@ def image_grid(
     factor = max(1, cell // width)
     height, width = height * factor, width * factor
     gap = max(2, width // 16) if gap is None else gap
-    font = _font(height)
-    margin, line = _label_width(row_labels, font, gap), math.ceil(1.3 * _font_size(height))
+    share = 0.16 if captions else 0.3  # of the height: a caption has words, a row or column a name
+    font, line = _font(height, share), math.ceil(1.3 * _font_size(height, share))
+    margin = _label_width(row_labels, font, gap)
     top, pitch = (line if column_labels else 0), height + gap + (line if captions else 0)
 
     sheet = Image.new("RGB", (margin + columns * (width + gap) + gap, top + rows * pitch + gap), BACKGROUND)
@@ -113,14 +114,14 @@ def _as_rgb(images: np.ndarray) -> np.ndarray:
     return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def _font(height: int):
+def _font(height: int, share: float):
     from PIL import ImageFont
 
-    return ImageFont.load_default(size=_font_size(height))
+    return ImageFont.load_default(size=_font_size(height, share))
 
 
-def _font_size(height: int) -> int:
-    return min(28, max(10, round(0.3 * height)))
+def _font_size(height: int, share: float) -> int:
+    return min(28, max(10, round(share * height)))
 
 
 def _fitting(text: str, font, width: int) -> str:

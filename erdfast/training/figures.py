@@ -169,6 +169,7 @@ def _draw_evaluations(axes: Axes, evaluations: Sequence[Record]) -> None:
     shares = [name for name in names if name in SHARES]
     drawn = [_draw_metric(axes, evaluations, name, *DISTANCES.get(name, (BLUE, "o-"))) for name in distances]
     axes.set_ylabel(" and ".join(METRICS[name].title for name in distances))
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")  # else a factor stands where the legend is
     values = np.asarray([values_of(record).get(name, math.nan) for record in evaluations for name in distances])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 3 * values.min():
