@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erdfast.models import BackboneConfig, DiTConfig
+from erdfast.models import BackboneConfig, DiTConfig, UViTConfig
 
 URLS = {
     "erd": "https://github.com/LilYau350/Elucidated-Representation-Diffusion",
@@ -115,6 +115,8 @@ def _erd(config: BackboneConfig, loader: Loader, device: torch.device) -> Callab
     leave_out("tools.utils", "tools.align_utils")  # evaluation and encoders, which import much more
     process = importlib.import_module("tools.gaussian_diffusion")
     trainer = importlib.import_module("tools.trainer")
+    if not isinstance(config, DiTConfig | UViTConfig):
+        raise ValueError(f"no preset of the ERD repository is a {config.backbone}: choose a dit or uvit preset")
     channels, side, _ = config.input_shape
     sizes = {
         "image_size": side,
@@ -174,8 +176,8 @@ def _erd(config: BackboneConfig, loader: Loader, device: torch.device) -> Callab
 
 
 def _uvit(config: BackboneConfig, loader: Loader, device: torch.device) -> Callable[[], object]:
-    if isinstance(config, DiTConfig):
-        raise ValueError("the U-ViT repository has no DiT: choose a uvit preset")
+    if not isinstance(config, UViTConfig):
+        raise ValueError(f"the U-ViT repository has no {config.backbone}: choose a uvit preset")
     channels, side, _ = config.input_shape
     model = importlib.import_module("libs.uvit").UViT(
         img_size=side,

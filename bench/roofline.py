@@ -27,7 +27,7 @@ from bench.device import Ceilings, device_name, measure_ceilings
 from bench.harness import RESULTS
 from bench.options import at_least
 from erdfast import presets
-from erdfast.models import BackboneConfig, DiTConfig, UViTConfig
+from erdfast.models import BackboneConfig, DiTConfig, TransformerConfig, UViTConfig
 from erdfast.models.dit import TIME_FEATURES
 from erdfast.models.flops import parameter_count, training_flops
 from erdfast.training.gpus import GPUS
@@ -100,7 +100,7 @@ def linear(detail: str, count: int, rows: int, inputs: int, outputs: int) -> Wor
     return Work(op="linear", detail=detail, count=count, flops=flops, fused_bytes=num_bytes, eager_bytes=num_bytes)
 
 
-def self_attention(config: BackboneConfig, batch: int, tokens: int) -> Work:
+def self_attention(config: TransformerConfig, batch: int, tokens: int) -> Work:
     """q, k, v in, out: 4 tensors; backward reads those and the gradient, writes three."""
     elements = batch * tokens * config.width
     num_bytes = config.depth * LOW * elements * (4 + 8)
@@ -163,7 +163,7 @@ def residuals(count: int, shape: tuple[int, int, int], *, gated: bool) -> Work:
     )
 
 
-def activation(config: BackboneConfig, rows: int) -> Work:
+def activation(config: TransformerConfig, rows: int) -> Work:
     """GELU: reads and writes once; backward reads two, writes one. Eager has one kernel for each as well."""
     num_bytes = config.depth * LOW * 5 * rows * config.mlp_width
     approximate = "tanh" if isinstance(config, DiTConfig) else "none"
@@ -230,7 +230,7 @@ def optimizer(config: BackboneConfig) -> tuple[Work, Work]:
 # ---------------------------------------------------------------------------- networks
 
 
-def _block_products(config: BackboneConfig, rows: int) -> Iterator[Work]:
+def _block_products(config: TransformerConfig, rows: int) -> Iterator[Work]:
     D, M = config.width, config.mlp_width
     for detail, inputs, outputs in (("qkv", D, 3 * D), ("proj", D, D), ("fc1", D, M), ("fc2", M, D)):
         yield linear(detail, config.depth, rows, inputs, outputs)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import URLS, leave_out, stand_in
-from erdfast.models import Backbone, DiTConfig
+from erdfast.models import Backbone, DiTConfig, UViTConfig
 from erdfast.process import Process
 from erdfast.sampling import make_levels, sample
 
@@ -152,6 +152,8 @@ def erd(path: str | Path, run: Run, *, whole: bool = False) -> Draw:
 def _erd_network(run: Run) -> Call:
     """Their DiT or U-ViT with the sizes of ours and random weights, in the run's precision."""
     config, device = run.model.config, run.device
+    if not isinstance(config, DiTConfig | UViTConfig):
+        raise ValueError(f"erd has no {config.backbone}: choose a dit or uvit preset")
     sizes = {
         "image_size": config.input_shape[1],
         "patch_size": config.patch_size,

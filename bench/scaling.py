@@ -72,10 +72,12 @@ def scaling_row(
     Raises:
         ValueError: a mode that this number of GPUs does not have, or an impossible number.
     """
-    traffic = step_traffic(mode, parameter_count(config), config.depth, gpus, gradient_bytes=gradient_bytes)
+    traffic = step_traffic(
+        mode, parameter_count(config), config.accounting().blocks, gpus, gradient_bytes=gradient_bytes
+    )
     communication_s = 2 * traffic.gather.seconds(gpu) + traffic.reduce.seconds(gpu)
     one = Pass(forward_s=compute_s / 3, backward_s=2 * compute_s / 3)
-    waiting_s = exposed_s(traffic, gpu, one, blocks=config.depth)
+    waiting_s = exposed_s(traffic, gpu, one, blocks=config.accounting().blocks)
     step_s = compute_s + waiting_s
     return Row(mode, gpus, traffic.total(), communication_s, waiting_s, step_s, gpus * batch / step_s)
 

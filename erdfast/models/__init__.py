@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from erdfast.models.backbone import Backbone, BackboneConfig
+from erdfast.models.backbone import Backbone, BackboneConfig, TransformerConfig
 from erdfast.models.diffusers_dit import (
     DiffusersDiT,
     DiffusersDiTConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "DiTConfig",
     "DiffusersDiT",
     "DiffusersDiTConfig",
+    "TransformerConfig",
     "UViT",
     "UViTConfig",
     "config_from_dict",

@@ -7,7 +7,7 @@ the preset table. Names of shapes: see layers.py.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,37 @@ from torch import Tensor, nn
 from erdfast.ops.attention import check_attention_backend
 
 
+class Heads(NamedTuple):
+    """The shape of one attention."""
+
+    num_heads: int
+    tokens: int
+    width: int
+    """Of a head."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accounting:
-    """What a step costs, in the units from which models/flops.py computes operations and memory."""
+    """What one image costs, in the units from which operations, memory and time are computed."""
 
-    tokens: int
-    """Tokens that pass through the blocks, per image."""
-    weights_per_token: int
-    """Numbers in the matrices that every token is multiplied with."""
-    weights_per_image: int
-    """Multiplications and additions that happen once per image: time embedding, modulation, convolution."""
+    products: int
+    """Multiplications, each with its addition, of a forward pass in matrix products, convolutions and attention."""
     compute_activations: int
-    """Numbers per image that the backward needs, stored in the dtype of the matrix products."""
+    """Numbers that the backward needs, stored in the dtype of the matrix products."""
     residual_activations: int
-    """Numbers per image that the backward needs, stored in the dtype of the residual stream and norms."""
+    """Numbers that the backward needs, stored in the dtype of the residual stream and norms."""
+    blocks: int
+    """Units of sharding, compiling and recomputing."""
+    block_inputs: int
+    """Numbers of the residual stream at the inputs of all blocks: what full recomputing keeps."""
+    block_products: int
+    """Numbers that matrix products and attention write inside all blocks: what selective recomputing keeps besides."""
+    recomputed_bytes: int
+    """What selective recomputing reads and writes again, in all blocks."""
+    smallest_product: int
+    """Numbers in the result of the smallest product that matters: from it follows how many tiles a GPU can share."""
+    attentions: tuple[Heads, ...]
+    """The different shapes of attention."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +60,55 @@ class BackboneConfig:
 
     input_shape: tuple[int, int, int] = (4, 32, 32)
     """(C, H, W) of the input: channels, height, width. Latents of 256 pixel images by default."""
+    num_classes: int = 1000
+    """Number of classes; label `num_classes` is the null class of guidance. 0: an unconditional network."""
+    attention: str = "auto"
+    """Back end of the attention op: a name of ATTENTION_BACKENDS."""
+
+    def __post_init__(self) -> None:
+        # JSON knows lists only; a configuration read back from it must equal the one written.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        if not isinstance(self.input_shape, tuple) or len(self.input_shape) != 3:
+            raise ValueError(f"input_shape is (channels, height, width), not {self.input_shape}")
+        for name, value in zip(("channels", "height", "width of the input"), self.input_shape, strict=True):
+            self.require_positive(name, value)
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0 (0: unconditional), not {self.num_classes}")
+        check_attention_backend(self.attention)
+
+    @staticmethod
+    def require_positive(name: str, value: int) -> None:
+        """ValueError for a size below 1."""
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.input_shape[0]
+
+    def build(self) -> Backbone:
+        """The network with freshly drawn weights, on the default device (`with torch.device(...)`)."""
+        raise NotImplementedError
+
+    def accounting(self) -> Accounting:
+        """Operations and activations of one image in training."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, with the backbone's name, from which `config_from_dict` rebuilds this."""
+        values = dataclasses.asdict(self)
+        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {"backbone": self.backbone, **lists}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(BackboneConfig):
+    """Fields of the backbones that are transformers over patches."""
+
     patch_size: int = 2
     """Side of a patch, in input elements; divides height and width."""
     width: int
@@ -53,26 +119,11 @@ class BackboneConfig:
     """Attention heads; divides the width."""
     mlp_ratio: float = 4.0
     """Hidden width of an MLP over the width."""
-    num_classes: int = 1000
-    """Number of classes; label `num_classes` is the null class of guidance. 0: an unconditional network."""
-    attention: str = "auto"
-    """Back end of the attention op: a name of ATTENTION_BACKENDS."""
 
     def __post_init__(self) -> None:
-        # JSON knows lists only; a configuration read back from it must equal the one written.
-        object.__setattr__(self, "input_shape", tuple(self.input_shape))
-        if len(self.input_shape) != 3:
-            raise ValueError(f"input_shape is (channels, height, width), not {self.input_shape}")
-        sizes = {
-            "patch_size": self.patch_size,
-            "width": self.width,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-        }
-        sizes |= dict(zip(("channels", "height", "width of the input"), self.input_shape, strict=True))
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        super().__post_init__()
+        for name in ("patch_size", "width", "depth", "num_heads"):
+            self.require_positive(name, getattr(self, name))
         for name, value in zip(("height", "width"), self.input_shape[1:], strict=True):
             if value % self.patch_size:
                 raise ValueError(f"the input's {name} {value} is not divisible by patch_size {self.patch_size}")
@@ -80,9 +131,6 @@ class BackboneConfig:
             raise ValueError(f"width {self.width} is not divisible by num_heads {self.num_heads}")
         if self.mlp_width < 1:
             raise ValueError(f"mlp_ratio must give a hidden width of at least 1, not {self.mlp_ratio}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0 (0: unconditional), not {self.num_classes}")
-        check_attention_backend(self.attention)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -95,27 +143,52 @@ class BackboneConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def tokens(self) -> int:
+        """Tokens that pass through the blocks: the patches, unless a backbone adds others."""
+        return self.num_patches
+
+    @property
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.width // self.num_heads
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of an MLP."""
         return int(self.width * self.mlp_ratio)
 
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output."""
-        return self.input_shape[0]
+    def transformer_accounting(
+        self,
+        *,
+        weights_per_token: int,
+        weights_per_image: int,
+        compute_activations: int,
+        residual_activations: int,
+        hidden_products: int | None = None,
+    ) -> Accounting:
+        """The accounting of `depth` blocks of attention and an MLP, all on `tokens` tokens.
 
-    def build(self) -> Backbone:
-        """The network with freshly drawn weights, on the default device (`with torch.device(...)`)."""
-        raise NotImplementedError
+        Per token and block, D wide and M in the MLP, matrix products write 3 D (qkv), D (attention), D (its
+        projection), M (or `hidden_products`, where the first Linear is wider than M) and D; selective recomputing reads
+        and writes (18 D + 4 M) bytes.
 
-    def accounting(self) -> Accounting:
-        """Tokens, weights and activations of one image in training."""
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values, with the backbone's name, from which `config_from_dict` rebuilds this."""
-        values = dataclasses.asdict(self)
-        return {"backbone": self.backbone, **values, "input_shape": list(self.input_shape)}
+        Args:
+            weights_per_token: numbers in the matrices that every token is multiplied with.
+            weights_per_image: multiplications that happen once per image: time embedding, modulation, convolution.
+        """
+        T, D, M = self.tokens, self.width, self.mlp_width
+        hidden = M if hidden_products is None else hidden_products
+        return Accounting(
+            products=T * weights_per_token + weights_per_image + 2 * self.depth * D * T**2,
+            compute_activations=compute_activations,
+            residual_activations=residual_activations,
+            blocks=self.depth,
+            block_inputs=T * self.depth * D,
+            block_products=T * self.depth * (6 * D + hidden),
+            recomputed_bytes=T * self.depth * (18 * D + 4 * hidden),
+            smallest_product=T * D,
+            attentions=(Heads(self.num_heads, T, self.head_width),),
+        )
 
 
 class Backbone(nn.Module):

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from erdfast.models.backbone import Accounting, Backbone, BackboneConfig
+from erdfast.models.backbone import Accounting, Backbone, TransformerConfig
 from erdfast.models.layers import (
     Attention,
     Mlp,
@@ -28,7 +28,7 @@ TIME_FEATURES = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTConfig(BackboneConfig):
+class DiTConfig(TransformerConfig):
     """Configuration of a DiT."""
 
     backbone: ClassVar[str] = "dit"
@@ -52,13 +52,12 @@ class DiTConfig(BackboneConfig):
 
     def accounting(self) -> Accounting:
         """Tokens, weights and activations of one image in training."""
-        D, M, L = self.width, self.mlp_width, self.num_patches
+        D, M, L = self.width, self.mlp_width, self.tokens
         patch_in = self.input_shape[0] * self.patch_size**2
         patch_out = self.out_channels * self.patch_size**2
         # Of a block the backward needs: both norms' inputs and outputs; the inputs of qkv, proj, fc1 and fc2,
         # q, k and v, the hidden layer before its GELU, and both branches before their gates.
-        return Accounting(
-            tokens=L,
+        return self.transformer_accounting(
             weights_per_token=self.depth * (4 * D * D + 2 * D * M) + D * (patch_in + patch_out),
             weights_per_image=TIME_FEATURES * D + D * D + (6 * self.depth + 2) * D * D,
             compute_activations=L * (self.depth * (8 * D + 2 * M) + D),
@@ -122,6 +121,8 @@ class FinalLayer(nn.Module):
 
 class DiT(Backbone):
     """The network; see `Backbone.forward` for inputs and output."""
+
+    config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)

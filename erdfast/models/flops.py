@@ -1,6 +1,6 @@
 """What a network costs: floating point operations, parameters and memory, without building it in memory.
 
-Operations per image of a forward and backward pass, with a multiplication and an addition counted as two:
+Operations per image of a transformer's forward and backward pass, a multiplication and an addition counted as two:
 
     6 * T * P_tok + 6 * P_img + 12 * L * D * T^2
 
@@ -29,9 +29,7 @@ def training_flops(config: BackboneConfig) -> int:
 
 def forward_flops(config: BackboneConfig) -> int:
     """Operations of the forward pass for one image (one call: guidance needs two)."""
-    cost = config.accounting()
-    matrices = 2 * cost.tokens * cost.weights_per_token + 2 * cost.weights_per_image
-    return matrices + 4 * config.depth * config.width * cost.tokens**2
+    return 2 * config.accounting().products
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from erdfast.models.backbone import Accounting, Backbone, BackboneConfig
+from erdfast.models.backbone import Accounting, Backbone, TransformerConfig
 from erdfast.models.layers import (
     Attention,
     Mlp,
@@ -26,7 +26,7 @@ from erdfast.models.layers import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UViTConfig(BackboneConfig):
+class UViTConfig(TransformerConfig):
     """Configuration of a U-ViT. The depth is odd: a middle block, and as many blocks before as after it."""
 
     backbone: ClassVar[str] = "uvit"
@@ -50,20 +50,24 @@ class UViTConfig(BackboneConfig):
         """Tokens before the patches: time, and the label of a conditional network."""
         return 2 if self.num_classes else 1
 
+    @property
+    def tokens(self) -> int:
+        """[label, time, patches]."""
+        return self.extra_tokens + self.num_patches
+
     def build(self) -> UViT:
         """The network with freshly drawn weights, on the default device (`with torch.device(...)`)."""
         return UViT(self)
 
     def accounting(self) -> Accounting:
         """Tokens, weights and activations of one image in training."""
-        D, M, L = self.width, self.mlp_width, self.num_patches + self.extra_tokens
+        D, M, L = self.width, self.mlp_width, self.tokens
         channels, height, width = self.input_shape
         skips = self.depth // 2
         conv = 9 * channels**2 * height * width if self.conv else 0
         # Of a block the backward needs: the inputs of both norms; the inputs of qkv, proj, fc1 and fc2, q, k
         # and v, and the hidden layer before its GELU. A skip adds the joined input of its Linear.
-        return Accounting(
-            tokens=L,
+        return self.transformer_accounting(
             weights_per_token=self.depth * (4 * D * D + 2 * D * M)
             + skips * 2 * D * D
             + 2 * D * channels * self.patch_size**2,
@@ -96,6 +100,8 @@ class UViTBlock(nn.Module):
 
 class UViT(Backbone):
     """The network; see `Backbone.forward` for inputs and output."""
+
+    config: UViTConfig
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__(config)

@@ -85,9 +85,8 @@ def memory_limit(gpu: Gpu) -> float:
 def activation_bytes(network: BackboneConfig, images: int, precision: str, recompute: str) -> float:
     """What forward keeps, and what one block makes anew in backward.
 
-    Per token and block, D wide and M in the MLP: full keeps the float32 input of D. selective also keeps the results of
-    qkv (3 D), attention (D), its projection (D), fc1 (M) and fc2 (D). On a CPU, what is alive after a forward pass
-    is within 10% of it.
+    full keeps the blocks' float32 inputs. selective also keeps the results of their matrix products and of attention.
+    On a CPU, what is alive after a forward pass of a transformer is within 10% of it.
 
     Raises:
         ValueError: an unknown way.
@@ -97,11 +96,11 @@ def activation_bytes(network: BackboneConfig, images: int, precision: str, recom
     everything = training_memory(network, images, precision, num_emas=0).activations
     if recompute == "none":
         return everything
-    numbers = images * network.accounting().tokens * network.depth
-    kept = 4 * network.width * numbers
+    cost = network.accounting()
+    kept = 4 * images * cost.block_inputs
     if recompute == "selective":
-        kept += COMPUTE_BYTES[precision] * (6 * network.width + network.mlp_width) * numbers
-    return kept + everything / network.depth
+        kept += COMPUTE_BYTES[precision] * images * cost.block_products
+    return kept + everything / cost.blocks
 
 
 def memory_per_gpu(
@@ -124,7 +123,7 @@ def memory_per_gpu(
     if plan.parallel not in ("fsdp", "hsdp"):
         return memory
     shards = gpus if plan.parallel == "fsdp" else min(gpus, GPUS_PER_MACHINE)
-    block = math.ceil(parameter_count(network) / network.depth) * COMPUTE_BYTES[precision]
+    block = math.ceil(parameter_count(network) / network.accounting().blocks) * COMPUTE_BYTES[precision]
     whole = memory.gradients if plan.accumulation > 1 else block
     return memory._replace(
         parameters=math.ceil(memory.parameters / shards),
@@ -139,14 +138,13 @@ def compute_pass(network: BackboneConfig, images: int, gpu: Gpu, precision: str,
     """Seconds that a micro-batch of `images` per GPU computes.
 
     Recomputing is in backward. full: one more forward. selective: reads and writes norms, residuals and the
-    activation again, (18 D + 4 M) bytes per token and block, at the memory's full rate.
+    activation again, at the memory's full rate.
     """
-    rows = images * network.accounting().tokens
     rate = busy_share(network, images, gpu) * assumed_flops_per_s(gpu, precision)
     forward_s = images * forward_flops(network) / rate
     again_s = {
         "none": 0.0,
-        "selective": rows * network.depth * (18 * network.width + 4 * network.mlp_width) / gpu.bytes_per_s,
+        "selective": images * network.accounting().recomputed_bytes / gpu.bytes_per_s,
         "full": forward_s,
     }[recompute]
     return Pass(forward_s, images * training_flops(network) / rate - forward_s + again_s)
@@ -154,7 +152,7 @@ def compute_pass(network: BackboneConfig, images: int, gpu: Gpu, precision: str,
 
 def busy_share(network: BackboneConfig, images: int, gpu: Gpu) -> float:
     """Of the multiprocessors: those with a tile of the smallest products, tokens times width."""
-    tiles = images * network.accounting().tokens * network.width / TILE**2
+    tiles = images * network.accounting().smallest_product / TILE**2
     return min(1.0, tiles / gpu.multiprocessors)
 
 
@@ -178,12 +176,12 @@ def predict(config: TrainConfig, plan: Plan) -> Prediction:
     traffic = step_traffic(
         plan.parallel,
         parameter_count(network),
-        network.depth,
+        network.accounting().blocks,
         config.gpus,
         weight_bytes=COMPUTE_BYTES[config.precision],
         gradient_bytes=2 if config.ddp_bf16 else 4,
     )
-    waiting = exposed_s(traffic, gpu, one, blocks=network.depth, accumulation=plan.accumulation)
+    waiting = exposed_s(traffic, gpu, one, blocks=network.accounting().blocks, accumulation=plan.accumulation)
     memory = memory_per_gpu(network, images, config.precision, plan, config.gpus, num_emas=config.ema.count)
     step_s = plan.accumulation * sum(one) + waiting + update_s(memory, gpu)
     return Prediction(plan, images, memory, step_s, waiting, busy_share(network, images, gpu))

@@ -55,10 +55,10 @@ def check_attention(network: BackboneConfig, dtype: torch.dtype, device: torch.d
     """Raise ValueError, saying why, if the attention back end that was asked for cannot serve this network here."""
     if network.attention == "auto":
         return
-    heads = (1, network.num_heads, network.accounting().tokens, network.width // network.num_heads)
-    q, k, v = (torch.zeros(heads, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-    if reason := attention_reason(network.attention, q, k, v):
-        raise ValueError(f"attention {network.attention!r} is not available here: {reason}")
+    for heads in network.accounting().attentions:
+        q, k, v = (torch.zeros((1, *heads), dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+        if reason := attention_reason(network.attention, q, k, v):
+            raise ValueError(f"attention {network.attention!r} is not available here: {reason}")
 
 
 def describe_network(config: TrainConfig, dataset: Dataset | None = None) -> str:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from erdfast.models import DiTConfig, UViTConfig, config_from_dict
+from erdfast.models import DiTConfig, TransformerConfig, UViTConfig, config_from_dict
 from erdfast.models.dit import DiTBlock
 from erdfast.models.layers import TimeFeatures, patchify, sincos_table, unpatchify
 from erdfast.models.uvit import UViTBlock
@@ -95,6 +95,7 @@ def test_unconditional_networks_see_the_time(name):
 def test_rectangular_inputs_and_other_patches(name):
     model = randomised(build_model(name, input_shape=(3, 6, 9), patch_size=3))
     assert model(*inputs_for(model)).shape == (3, 3, 6, 9)
+    assert isinstance(model.config, TransformerConfig)
     assert model.config.grid == (2, 3)
 
 
