@@ -76,22 +76,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         _verify(config.out)
         return 0
     with open_world(torch.device("cuda" if torch.cuda.is_available() else "cpu")) as world:
-        _encode(config, world)
+        write_folder(config.out, _writer(config, world), config.part_mib, world)
     return 0
 
 
-def _encode(config: EncodeConfig, world: World) -> None:
-    writer = _writer(config, world)
-    plan = Plan(writer.manifest, config.part_mib << 20)
-    complete = world.first(lambda: begin(config.out, writer, plan))
+def write_folder(out: Path, writer: Writer, part_mib: int, world: World) -> None:
+    """Write what is missing of a folder in our own format; all processes call it.
+
+    Args:
+        out: the folder.
+        writer: what belongs there.
+        part_mib: size of a file, about.
+        world: the processes.
+
+    Raises:
+        ValueError: the folder holds something else, or was begun with other options; a sample cannot be read.
+        OSError: it cannot be written; a later call goes on.
+    """
+    plan = Plan(writer.manifest, part_mib << 20)
+    complete = world.first(lambda: begin(out, writer, plan))
     if complete != str(True):
-        _say(world, f"{writer.dataset.describe()} => {config.out}, parts: {len(plan.ranges)}")
+        _say(world, f"{writer.dataset.describe()} => {out}, parts: {len(plan.ranges)}")
         with _bar(writer, plan, world) as bar:
-            write_parts(config.out, writer, plan, bar.update, rank=world.rank, size=world.size)
+            write_parts(out, writer, plan, bar.update, rank=world.rank, size=world.size)
         world.barrier()
-        world.first(lambda: finish(config.out, writer.manifest, plan).rows)
+        world.first(lambda: finish(out, writer.manifest, plan).rows)
     if world.is_main:
-        _say(world, f"complete: {FileDataset(config.out).describe()}")
+        _say(world, f"complete: {FileDataset(out).describe()}")
 
 
 def _writer(config: EncodeConfig, world: World) -> Writer:

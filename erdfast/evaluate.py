@@ -3,6 +3,7 @@
     --samples S.npz [S2.npz ...] --reference R.npz --inception W.pth    FID, sFID, Inception score, precision, recall
     --samples F.npy --reference G.npy --metrics fd [precision recall]   the same of features of any network
     --samples S.npz --reference digits                                  digits: pixels as features, label accuracy
+    --reference F --inception W.pth --save-reference R.npz              statistics of pictures, to compare with later
     --run RUN                                                           digits: distance in pixel space, label accuracy
 
 Under torchrun the processes share the pictures.
@@ -52,8 +53,8 @@ class Evaluate:
     """npz files of ADM: uint8 NHWC pictures `arr_0`; several give a comparison. With --metrics fd, files or folders of
     features: .npy, or .npz and .safetensors with `features`."""
     reference: Path | None = None
-    """npz of ADM (mu, sigma, mu_s, sigma_s, arr_0), or of pictures, or that --save-reference wrote; for fd features;
-    "digits": the real digits of scikit-learn, whose pixels are the features, without --inception."""
+    """npz of ADM (mu, sigma, mu_s, sigma_s, arr_0), or of pictures, or that --save-reference wrote, or a folder of
+    erdfast.prepare; for fd features; "digits": the real ones of scikit-learn by their pixels, without --inception."""
     inception: Path | None = None
     """Weights of the FID Inception network, pt_inception-2015-12-05-6726825d.pth; nothing is downloaded."""
     metrics: tuple[str, ...] = ()
@@ -66,7 +67,8 @@ class Evaluate:
     out: Path | None = None
     """JSON file to write; by default SAMPLES.metrics.json beside the first. Several samples also give its .png."""
     save_reference: Path | None = None
-    """Write the reference's statistics and features to this npz, which is much faster to compare with."""
+    """Write the reference's statistics and features to this npz, which is much faster to compare with; without
+    --samples this is all that is done."""
     batch_size: int | None = None
     """Images per network call and process; by default 600 for digits, 256 for Inception on a GPU, 32 on a CPU."""
     run: Path | None = None
@@ -98,9 +100,14 @@ class Evaluate:
         first = self.samples[0]
         return self.out or first.with_name(f"{first.name if first.is_dir() else first.stem}.metrics.json")
 
+    @property
+    def only_saves(self) -> bool:
+        """Whether a reference is saved and nothing compared with it."""
+        return not self.samples and self.run is None and self.save_reference is not None
+
     def validate(self) -> None:
         """Raise ValueError for options that do not go together."""
-        if (self.run is None) == (not self.samples):
+        if (self.run is None) == (not self.samples) and not self.only_saves:
             raise ValueError("choose one of --samples FILE ... (against --reference) and --run RUN (trained on digits)")
         for name in _OF_SAMPLES if self.run else _OF_RUNS:
             if getattr(self, name) != getattr(Evaluate(), name):
@@ -108,7 +115,9 @@ class Evaluate:
                 raise ValueError(f"--{name.replace('_', '-')} goes with {mode} only")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.samples:
+        if self.only_saves and (self.out is not None or self.x or self.x_label is not None):
+            raise ValueError("--out, --x and --x-label go with --samples FILE ..., which are not given")
+        if self.samples or self.only_saves:
             self._validate_samples()
 
     def _validate_samples(self) -> None:
@@ -128,9 +137,11 @@ class Evaluate:
             raise ValueError("--save-reference saves what --reference gave: name one")
         if self.save_reference is not None and self.save_reference in (self.reference, *self.samples):
             raise ValueError(f"--save-reference {self.save_reference} would replace what is measured")
-        folder = self.record.parent
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"--out {self.record}: {folder} is no folder that can be written to")
+        written = {"out": self.record} if self.samples else {}
+        written |= {"save-reference": self.save_reference} if self.save_reference is not None else {}
+        for name, path in written.items():
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise ValueError(f"--{name} {path}: {path.parent} is no folder that can be written to")
         axis_of(self.samples, self.x, self.x_label)
 
 
@@ -169,7 +180,9 @@ def _evaluate_samples(options: Evaluate, world: World) -> None:
             options.samples, options.reference, options.inception, options.asked, options.save_reference
         )
         notes |= {"inception": str(options.inception), "inception_crc32": f"{checksum(options.inception):08x}"}
-    if world.is_main:
+    if world.is_main and options.only_saves:
+        print(f"written: {options.save_reference}")
+    elif world.is_main:
         _report(options, rows, notes)
 
 

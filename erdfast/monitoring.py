@@ -48,7 +48,7 @@ class EvalConfig:
     """Guidance of the images; 1 is none."""
     eval_reference: Path | None = None
     """What pictures are compared with: npz of ADM (mu, sigma, mu_s, sigma_s, arr_0), or of pictures, or that
-    erdfast.evaluate --save-reference wrote; digits and mixture need none."""
+    erdfast.evaluate --save-reference wrote, or a folder of erdfast.prepare; digits and mixture need none."""
     eval_inception: Path | None = None
     """Weights of the FID Inception network, pt_inception-2015-12-05-6726825d.pth; nothing is downloaded."""
     eval_metrics: tuple[str, ...] = PICTURE_METRICS

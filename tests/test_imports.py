@@ -61,6 +61,7 @@ ENTRY_POINTS |= {
     "erdfast.train",
     "erdfast.sample",
     "erdfast.evaluate",
+    "erdfast.prepare",
     "erdfast.ema",
     "erdfast.encode",
     "erdfast.export",

@@ -159,7 +159,9 @@ def begin(out: Path, writer: Writer, plan: Plan) -> bool:
     del job["vae_units"]  # follow from these and from the note; folders begun by older versions do not have them
     begun = (out / JOB).exists()
     if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and was not made by erdfast.encode: choose a new or empty folder")
+        raise ValueError(
+            f"{out} exists and was not made by erdfast.encode or erdfast.prepare: choose a new or empty folder"
+        )
     begin_job(out / JOB, job)
     return begun and (out / MANIFEST).exists()
 

@@ -24,7 +24,7 @@ from .dataset import (
 )
 from .formats import open_source
 from .rows import Rows
-from .source import DAMAGE, rescaled
+from .source import DAMAGE, Source, rescaled
 
 MOST_CLASSES = 10_000_000
 """A larger label is a mistake: networks hold one embedding per class."""
@@ -41,6 +41,7 @@ class FileDataset(Dataset):
             ignores labels.
         latent_scale: of `source.SCALES`; auto does what the code that the format comes from does.
         pickled: read U-ViT's pickled features, for conversion.
+        source: what was opened at `path` already; None looks there.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -55,9 +56,10 @@ class FileDataset(Dataset):
         num_classes: int | None = None,
         latent_scale: str = "auto",
         pickled: bool = False,
+        source: Source | None = None,
     ) -> None:
         self.path = path
-        source = open_source(path, shape, pickled=pickled)
+        source = open_source(path, shape, pickled=pickled) if source is None else source
         self._kind = KINDS[source.kind]
         try:
             source = rescaled(source, latent_scale)

@@ -56,7 +56,7 @@ def open_sample_folder(path: Path, shape: Shape | None, pickled: bool) -> Source
         return _moments(FolderFiles(folder, moments), labels, path)
     if pictures := list_files(path, SUFFIXES):
         labels, classes = _labels_of(pictures, _read_json(path / _LABELS), by_folder=True)
-        _check_classes(path, classes)
+        check_classes(path, classes)
         return _pictures(FolderFiles(path, pictures), labels, classes, shape, path)
     raise ValueError(
         "the folder holds neither erdfast.json, *.safetensors, latents.npy, img-mean-std-*.npy, NAME_features and "
@@ -194,7 +194,7 @@ def _is_label(label: object) -> bool:
     return type(label) is int and 0 <= label < 2**31
 
 
-def _check_classes(path: Path, classes: tuple[str, ...]) -> None:
+def check_classes(path: Path, classes: tuple[str, ...]) -> None:
     """Raise ValueError if a folder beside those of classes holds no picture: labels would not be what is expected."""
     if not classes:
         return

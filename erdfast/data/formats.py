@@ -2,7 +2,7 @@
 
 | file or folder | holds | becomes |
 |---|---|---|
-| folder with `erdfast.json` | what `erdfast.encode` writes (store.py) | as it says |
+| folder with `erdfast.json` | what `erdfast.encode` and `erdfast.prepare` write (store.py) | as it says |
 | .npz: `arr_0`, `arr_1` | uint8 NHWC pictures, labels; as ADM's samples | pixels in [-1, 1] |
 | .npz: `latents`, `labels` | float (N, C, H, W) | as stored |
 | .npy, folder with `latents.npy` | float (N, C, H, W); labels in `labels.npy` beside it | as stored |
@@ -67,7 +67,9 @@ def _open_folder(path: Path, shape: Shape | None, pickled: bool) -> Source:
     if (path / MANIFEST).exists():
         return open_store(path)
     if (path / JOB).exists():
-        raise ValueError("it is unfinished: run the same erdfast.encode command again, which goes on where it was")
+        raise ValueError(
+            "it is unfinished: run the same command again (erdfast.encode or prepare), which goes on where it was"
+        )
     shards = sorted(shard for shard in path.glob("*.safetensors") if not is_hidden(shard.name))
     if shards:
         return join([guarded(shard, partial(_open_safetensors, shard)) for shard in shards], shards, _read_stats(path))

@@ -150,15 +150,16 @@ class SampleRows:
         files: where the samples are.
         decode: from a file's content to the sample.
         origin: folder or zip, for messages.
+        threads: that read and decode.
 
     Raises:
         ValueError: there is none, or the first cannot be read.
     """
 
-    def __init__(self, files: Files, decode: Decode, origin: Path) -> None:
+    def __init__(self, files: Files, decode: Decode, origin: Path, threads: int = THREADS) -> None:
         if not len(files):
             raise ValueError("it holds no samples")
-        self._files, self._decode, self._origin = files, decode, origin
+        self._files, self._decode, self._origin, self._threads = files, decode, origin, threads
         first = self._sample(0)
         self.dtype, self.shape = torch.from_numpy(np.empty(0, first.dtype)).dtype, tuple(first.shape)
         self._pool: ThreadPoolExecutor | None = None
@@ -179,7 +180,7 @@ class SampleRows:
                 target[place] = self._sample(index)
             return out
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, "erdfast-samples")
+            self._pool = ThreadPoolExecutor(self._threads, "erdfast-samples")
         for place, sample in enumerate(self._pool.map(self._sample, numbers)):
             target[place] = sample
         return out

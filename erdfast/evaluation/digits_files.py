@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import open_images, open_npz, read_array
+from .files import open_arrays, open_images, read_array
 
 SIDE = 8
 
@@ -36,7 +36,7 @@ def open_digits(path: Path, *, labelled: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _labels(path: Path, count: int) -> Tensor:
-    arrays = open_npz(path)
+    arrays = open_arrays(path)
     if "arr_1" not in arrays:
         raise ValueError(f"{path}: accuracy needs labels, an array 'arr_1'")
     labels = read_array(path, arrays, "arr_1", (count,))

@@ -3,6 +3,7 @@
 | file | holds |
 |---|---|
 | .npz: `arr_0` | uint8 (N, H, W, 3) pictures: ADM's samples (`arr_1`, labels, is not needed) |
+| folder with `erdfast.json` | the same, as `erdfast.prepare` writes them |
 | .npz: `mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0` | ADM's references: statistics of features, pictures |
 | .npz: `mu`, `sigma`, `pool` ... | ours (reference.py): the same, with pooled features in place of pictures |
 | .npy, .npz, .safetensors, folder of one kind | (N, ...) features: `features` or `arr_0`, shards in order of name |
@@ -17,17 +18,20 @@ from torch import Tensor
 
 from erdfast.data.rows import Loaders, Rows, ShardedRows, read_npy, read_npz, read_safetensors
 from erdfast.data.source import guarded
+from erdfast.data.store import MANIFEST, open_store
 
 FEATURE_SUFFIXES = (".npy", ".npz", ".safetensors")
 FEATURE_NAMES = ("features", "arr_0")
 
 
-def open_npz(path: Path) -> Loaders:
-    """The arrays of a .npz file, by name.
+def open_arrays(path: Path) -> Loaders:
+    """The arrays of a .npz file, by name; a folder of pictures in our own format has `arr_0`.
 
     Raises:
         ValueError: it is missing, of another kind, or damaged; names it.
     """
+    if path.is_dir():
+        return guarded(path, lambda: _open_folder(path))
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.suffix != ".npz":
@@ -35,13 +39,22 @@ def open_npz(path: Path) -> Loaders:
     return guarded(path, lambda: read_npz(path))
 
 
+def _open_folder(path: Path) -> Loaders:
+    if not (path / MANIFEST).exists():
+        raise ValueError(f"the folder holds no {MANIFEST}: expected .npz, or a folder that erdfast.prepare wrote")
+    source = open_store(path)
+    if source.kind != "pixels":
+        raise ValueError(f"it holds {source.kind}, not pictures")
+    return {"arr_0": lambda: source.rows}
+
+
 def open_images(path: Path) -> Rows:
-    """The pictures of a .npz file, each (H, W, 3) uint8.
+    """The pictures of a .npz file or of a folder in our own format, each (H, W, 3) uint8.
 
     Raises:
         ValueError: it cannot be read, or holds none; names it.
     """
-    arrays = open_npz(path)
+    arrays = open_arrays(path)
     if "arr_0" not in arrays:
         raise ValueError(f"{path}: expected an array 'arr_0' of pictures, found {', '.join(sorted(arrays)) or 'none'}")
     rows = guarded(path, arrays["arr_0"])
@@ -103,7 +116,7 @@ def read_array(path: Path, arrays: Loaders, name: str, shape: tuple[int | None, 
 
     Args:
         path: for messages.
-        arrays: from `open_npz`.
+        arrays: from `open_arrays`.
         name: which.
         shape: its sides, None where any will do.
 

@@ -18,7 +18,7 @@ from .comparison import Row
 from .digits import KnownDigits, load_real_digits, recognised_share
 from .digits_files import open_digits
 from .features import Progress, Summary, Wanted, summarise_features, summarise_images
-from .files import open_features, open_images, open_npz, read_array
+from .files import open_arrays, open_features, open_images, read_array
 from .frechet import FeatureStatistics, Gaussian
 from .inception_weights import load_inception
 from .measure import measure, wanted_of_samples, warnings_of
@@ -56,10 +56,10 @@ class Measurement:
         metrics: tuple[str, ...],
         save: Path | None = None,
     ) -> list[Row]:
-        """Metrics of .npz files of pictures; every file is opened and checked before the work begins.
+        """Metrics of files of pictures; every file is opened and checked before the work begins.
 
         Args:
-            samples: files with `arr_0`.
+            samples: see `files.open_images`; none where only the reference is to be saved.
             reference: see `reference.read_reference`; not needed for the Inception score alone.
             inception: the weights.
             metrics: of PICTURE_METRICS.
@@ -167,7 +167,7 @@ class Measurement:
 
     def _feature_statistics(self, path: Path) -> Gaussian:
         if path.suffix == ".npz" and path.is_file():
-            arrays = open_npz(path)
+            arrays = open_arrays(path)
             if "mu" in arrays and "sigma" in arrays:
                 mu = read_array(path, arrays, "mu", (None,)).double()
                 sigma = read_array(path, arrays, "sigma", (len(mu), len(mu))).double()

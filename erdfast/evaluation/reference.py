@@ -17,7 +17,7 @@ from erdfast.atomic import atomic_write
 from erdfast.data.rows import Loaders
 
 from .features import Summary, Wanted
-from .files import open_npz, read_array
+from .files import open_arrays, read_array
 from .frechet import Gaussian
 from .inception import POOL_FEATURES, SPATIAL_FEATURES
 
@@ -46,14 +46,14 @@ def read_reference(path: Path, metrics: tuple[str, ...], inception_crc32: int) -
     """What a file holds of what some metrics need, and what its pictures must still be asked for.
 
     Args:
-        path: .npz of `files`' table.
+        path: of `files`' table, but no features.
         metrics: of `METRICS`.
         inception_crc32: of the weights in use.
 
     Raises:
         ValueError: damaged, of another network, or without something that a metric needs; names the file.
     """
-    arrays = open_npz(path)
+    arrays = open_arrays(path)
     count = _check_origin(path, arrays, inception_crc32)
     found: dict[str, Gaussian] = {}
     for metric, (mean, covariance, size) in STATISTICS.items():
