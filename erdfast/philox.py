@@ -25,6 +25,7 @@ DOMAINS: dict[str, int] = {
     "latent": 0x369DEA0F31A53F85,
     "data": 0x27BB2EE687B0B0FD,
     "flip": 0x3C79AC492BA7B653,
+    "dropout": 0x1C69B3F74AC4AE35,
 }
 """Constants that separate the uses of one seed. The noise of the two central ops has 0: its key is the seed itself."""
 

@@ -8,6 +8,7 @@ from .add_noise import add_noise
 from .attention import attention, attention_qkv, attention_reason
 from .backend import BACKENDS
 from .diffusion_loss import diffusion_loss
+from .dropout import dropout
 from .fp8_linear import fp8_linear
 from .gelu import gelu, linear_gelu
 from .heun_step import HeunRow, heun_step
@@ -31,6 +32,7 @@ __all__ = [
     "attention_qkv",
     "attention_reason",
     "diffusion_loss",
+    "dropout",
     "fp8_linear",
     "gated_residual",
     "gelu",
