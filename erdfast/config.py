@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from erdfast import typed_json
 from erdfast.monitoring import EVAL_PATHS, EvalConfig, PreviewConfig
+from erdfast.optimization import EmaConfig, OptimizerConfig
 from erdfast.process import Process
+from erdfast.process.coefficients import SPACES
 from erdfast.typed_json import require as _require
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 SamplePrecision = Literal["auto", "fp32", "bf16", "fp16"]
-LrSchedule = Literal["constant", "cosine"]
 Compile = Literal["auto", "none", "block", "full", "max-autotune"]
 Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Recompute = Literal["none", "selective", "full"]
@@ -67,79 +68,14 @@ class ProcessConfig:
     k_bins: int = 128
     """Bins in time of the target k(t)."""
 
+    @property
+    def learnable(self) -> bool:
+        """Whether the target has numbers that are trained."""
+        return self.target not in SPACES
+
     def build(self) -> Process:
         """The process; raises ValueError for impossible combinations and says why."""
         return Process(**dataclasses.asdict(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and what goes with it."""
-
-    lr: float = 1e-4
-    """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
-    adam_eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
-    lr_schedule: LrSchedule = "constant"
-    """The learning rate after warm-up: constant, or a cosine to 0 at the last step."""
-    grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-
-    def validate(self) -> None:
-        """Raise ValueError for a number out of range."""
-        _require("lr", self.lr, self.lr > 0, "above 0")
-        _require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
-        _require("adam_eps", self.adam_eps, self.adam_eps > 0, "above 0")
-        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        _require("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
-        _require("grad_clip", self.grad_clip, self.grad_clip >= 0, "at least 0 (0 does not clip)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmaConfig:
-    """Averages of the weights: what is sampled and published."""
-
-    ema_decay: tuple[float, ...] = (0.9999,)
-    """Decays of the averages, any number of them; the last is sampled and published."""
-    ema_warmup: bool = False
-    """Begin with smaller decays, (1 + step)/(10 + step), so that the first weights are soon forgotten."""
-    ema_std: tuple[float, ...] = ()
-    """Power-function averages of these relative widths instead (EDM2: 0.05 0.1), from which `python -m erdfast.ema`
-    makes one of any width afterwards."""
-    ema_snapshot_every: int = 0
-    """Steps between snapshots of the power-function averages in RUN/ema; 0: at every checkpoint."""
-
-    def validate(self) -> None:
-        """Raise ValueError for a number out of range."""
-        for decay in self.ema_decay:
-            _require("ema_decay", decay, 0 <= decay < 1, "in [0, 1)")
-        for std in self.ema_std:
-            _require("ema_std", std, 0.01 <= std <= 0.25, "in [0.01, 0.25]")
-        _require("ema_snapshot_every", self.ema_snapshot_every, self.ema_snapshot_every >= 0, "at least 0")
-        if not self.ema_std and not self.ema_decay:
-            raise ValueError("ema_decay is empty; name at least one decay in [0, 1)")
-        for name in ("ema_decay", "ema_std"):
-            if len({*getattr(self, name)}) < len(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; every average must be another")
-        if self.ema_std and self.ema_warmup:
-            raise ValueError("ema_warmup is for ema_decay: power-function averages need none")
-
-    @property
-    def count(self) -> int:
-        """How many averages there are."""
-        return len(self.ema_std or self.ema_decay)
-
-    def describe(self) -> str:
-        """For people: "0.9999", or "power std 0.05, 0.1"."""
-        if self.ema_std:
-            return "power std " + ", ".join(f"{std:g}" for std in self.ema_std)
-        return ", ".join(f"{decay:g}" for decay in self.ema_decay) + (" after warm-up" if self.ema_warmup else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +201,11 @@ class TrainConfig:
         if self.ddp_bf16 and self.parallel not in ("auto", "ddp"):
             raise ValueError(
                 f"ddp_bf16 has no effect with parallel {self.parallel}: choose ddp or auto, or add --no-ddp-bf16"
+            )
+        if self.optimizer.k_lr is not None and not self.process.learnable:
+            raise ValueError(
+                f"k_lr {self.optimizer.k_lr} has no effect: target {self.process.target!r} learns nothing; choose k, "
+                "k2 or k(t), or leave it out"
             )
         if self.ema.ema_snapshot_every and not self.ema.ema_std:
             raise ValueError(

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
         *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data", "erdfast.group", "erdfast.monitoring"),
     },
     "erdfast.monitoring": {"erdfast.typed_json"},
-    "erdfast.config": {"erdfast.process", "erdfast.typed_json", "erdfast.monitoring"},
+    "erdfast.optimization": {"erdfast.typed_json"},
+    "erdfast.config": {"erdfast.process", "erdfast.typed_json", "erdfast.monitoring", "erdfast.optimization"},
 }
 ALLOWED["erdfast.training"] = {
     "torch",

@@ -239,7 +239,8 @@ class Process(Tables):
         return self.schedule.logsnr(t)
 
     def target_values(self) -> dict[str, Tensor]:
-        """The learnt k (or k0 and k1) now, detached and on the device; empty for a fixed target."""
+        """The learnt numbers now, detached and on the device: k; k0 and k1; k over time (k_bins + 1,) with k_min and
+        k_max. Empty for a fixed target."""
         return self.target.values()
 
     def convert(self, pred: Tensor, x_t: Tensor, t: Tensor, to: str) -> Tensor:

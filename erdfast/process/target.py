@@ -93,9 +93,17 @@ class LearnableKOfTime(LearnableK):
         index = left.to(torch.int64)
         return torch.lerp(ends[index], ends[index + 1], place - left)
 
+    def values(self) -> dict[str, Tensor]:
+        """k at the ends of the bins, from clean to noise; and its range, for logs that take single numbers alone."""
+        k = torch.sigmoid(self.w_k.detach())
+        return {"k": k, "k_min": k.min(), "k_max": k.max()}
+
 
 class TwoLearnableK(Target):
-    """k0*x0 - k1*noise with two independent numbers in (0, 1) (k-Diff, appendix E)."""
+    """k0*x0 - k1*noise with two independent numbers in (0, 1) (k-Diff, appendix E).
+
+    Its error must be measured in a fixed space (`loss_space`): in the target's own, k0 = k1 = 0 has the least loss.
+    """
 
     learnable = True
 

@@ -1,7 +1,6 @@
 """Pictures of a run: sample grids, and one summary with the loss curve, the loss per noise level, samples, and what was
 measured of these.
 
-Colours are Okabe and Ito's (legible with any colour vision), and every curve differs by line style too.
 Matplotlib is used through its objects, not pyplot, so that nothing global changes and no display is needed.
 """
 
@@ -19,15 +18,15 @@ from erdfast.data.images import image_grid, save_image_grid, save_png
 from erdfast.evaluation.measure import METRICS
 
 from .evaluation_records import best, comparable, values_of
+from .figure_style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, tidy
 from .metrics import LOGSNR_EDGES
+from .target_figure import draw_target, has_learnt_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["save_image_grid", "save_summary"]
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-GREY, BLACK = "#999999", "#000000"
 DISTANCES = {"fid": (BLUE, "o-"), "sfid": (ORANGE, "^:"), "fd": (BLUE, "o-")}
 SHARES = {"accuracy": (GREEN, "s--"), "precision": (GREEN, "s--"), "recall": (PURPLE, "D-.")}
 """Metrics that one axis has room for, with colour and line."""
@@ -44,6 +43,7 @@ def save_summary(
     floor: Sequence[tuple[float, float]] | None = None,
     columns: int | None = None,
     row_labels: Sequence[str] | None = None,
+    k_init: float | None = None,
 ) -> None:
     """Write one PNG that sums up a run; whatever is missing is said in its place.
 
@@ -51,11 +51,13 @@ def save_summary(
         path: the PNG, replaced atomically.
         metrics_records: records as in metrics.jsonl. Used: "step" and "loss" (a number or null), and, where
             present, "loss_by_logsnr" and "count_by_logsnr" (lists, one entry per bin) with "logsnr_edges" (by
-            default `LOGSNR_EDGES`); and evaluations, which have a panel of their own.
+            default `LOGSNR_EDGES`); evaluations, which have a panel of their own; and so has what a learnable target
+            learnt: "k" (a number, or a list over time), or "k0" and "k1".
         images: (N, H, W, 1 or 3) uint8 samples, or None.
         title: one line above everything.
         floor: (log-SNR, least possible mean squared error) pairs, where the data's Bayes floor is known.
         columns, row_labels: as for `image_grid`.
+        k_init: where a learnable target began, where that is known.
 
     Raises:
         ImportError: matplotlib or Pillow is missing.
@@ -66,16 +68,19 @@ def save_summary(
     from PIL import Image
 
     grid = None if images is None else image_grid(images, columns=columns, row_labels=row_labels)
-    figure = Figure(figsize=(12.5, 6.6), dpi=110, layout="constrained")
+    learnt, evaluations = has_learnt_target(metrics_records), comparable(metrics_records)
+    rows = 3 if learnt and evaluations else 2
+    figure = Figure(figsize=(12.5, 3.3 * rows), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
-    layout = figure.add_gridspec(2, 2, width_ratios=[1.1, 1.0])
+    layout = figure.add_gridspec(rows, 2, width_ratios=[1.1, 1.0])
     _draw_loss(figure.add_subplot(layout[0, 0]), metrics_records)
     _draw_loss_by_logsnr(figure.add_subplot(layout[1, 0]), metrics_records, floor)
-    evaluations = comparable(metrics_records)
-    _draw_samples(figure.add_subplot(layout[0 if evaluations else slice(None), 1]), grid)
+    if learnt:  # below the samples, where nothing else is
+        draw_target(figure.add_subplot(layout[2, 0] if evaluations else layout[1, 1]), metrics_records, k_init)
+    _draw_samples(figure.add_subplot(layout[: rows - 1 if learnt or evaluations else rows, 1]), grid)
     if evaluations:
-        _draw_evaluations(figure.add_subplot(layout[1, 1]), evaluations)
+        _draw_evaluations(figure.add_subplot(layout[rows - 1, 1]), evaluations)
 
     figure.align_ylabels()
 
@@ -113,7 +118,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
     if losses.min() > 0:
         _log_axis(axes, losses)
     axes.legend(frameon=False, fontsize=9)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_loss_by_logsnr(axes: Axes, records: Sequence[Record], floor: Sequence[tuple[float, float]] | None) -> None:
@@ -143,7 +148,7 @@ def _draw_loss_by_logsnr(axes: Axes, records: Sequence[Record], floor: Sequence[
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xticks(np.linspace(edges[0], edges[-1], 5))
     axes.legend(frameon=False, fontsize=9)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_samples(axes: Axes, grid: Any) -> None:
@@ -175,7 +180,7 @@ def _draw_evaluations(axes: Axes, evaluations: Sequence[Record]) -> None:
     if len(values) and values.min() > 0 and values.max() > 3 * values.min():
         _log_axis(axes, values)
     axes.set_xlim(0, 1.03 * evaluations[-1]["step"])
-    _tidy(axes)
+    tidy(axes)
     if shares:
         right = axes.twinx()
         drawn += [_draw_metric(right, evaluations, name, *SHARES[name], factor=100.0) for name in shares]
@@ -249,12 +254,6 @@ def _log_axis(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _say(axes: Axes, text: str) -> None:

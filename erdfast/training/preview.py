@@ -93,14 +93,16 @@ class Preview:
 def write_summary(
     run: Path, records: Sequence[dict[str, Any]], images: np.ndarray | None, preview: Preview, title: str
 ) -> None:
-    """summary.png: loss curve, loss by noise level (with the Bayes floor where it is known), samples."""
+    """summary.png: loss curve, loss by noise level (with the Bayes floor where it is known), learnt target, samples."""
+    process = preview.process
     save_summary(
         run / "summary.png",
         records,
         images,
         title=title,
-        floor=_bayes_floor(preview.dataset, preview.process),
+        floor=_bayes_floor(preview.dataset, process),
         columns=preview.columns(),
+        k_init=float(process.describe()["k_init"] or 0.0) if process.target.learnable else None,
     )
 
 

@@ -71,9 +71,9 @@ class Speedometer:
         return self.total_images * self.flops_per_image / self.elapsed if self.elapsed else 0.0
 
     def describe(self, record: dict[str, Any]) -> str:
-        """For the progress bar: loss, images/s and, on a known GPU, MFU."""
+        """For the progress bar: loss, a learnt target, images/s and, on a known GPU, MFU."""
         rate = record["images_per_s"]
-        text = f"loss {record['loss']:.4f}, {_short(rate)} images/s"
+        text = f"loss {record['loss']:.4f}{_target(record)}, {_short(rate)} images/s"
         if self.peak:
             text += f", MFU {100 * rate * self.flops_per_image / self.peak:.1f}%"
         return text
@@ -82,3 +82,11 @@ class Speedometer:
 def _short(rate: float) -> str:
     """1,351 or 0.28."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _target(record: dict[str, Any]) -> str:
+    """As ", k 0.522", ", k 0.556 and 0.509" or ", k 0.310 to 0.560"; nothing for a fixed target."""
+    for names, between in ((("k0", "k1"), " and "), (("k_min", "k_max"), " to "), (("k",), "")):
+        if all(name in record for name in names):
+            return ", k " + between.join(f"{record[name]:.3f}" for name in names)
+    return ""

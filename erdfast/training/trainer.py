@@ -31,7 +31,7 @@ from .health import Health, check_weights
 from .interrupt import Interrupt, Vote
 from .measures import Measure, open_measure
 from .metrics import LossByLogsnr, MetricsWriter, board_folder, read_metrics
-from .optimizer import build_optimizer, learning_rate
+from .optimizer import build_optimizer, learning_rate, set_learning_rates
 from .parallel import World, average_gradients, choose_mode, communicating, full_tensor, replicate, shard
 from .plan import micro_batches, resolve_compile, warm_cache
 from .precision import PrecisionPolicy, resolve_precision
@@ -218,9 +218,7 @@ class Trainer:
     def _train_step(self) -> Tensor | None:
         """One optimiser step; returns the gradient norm before clipping where it was computed."""
         config, step = self.config, self.step
-        lr = learning_rate(config.optimizer, step, config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self.optimizer, config.optimizer, step, config.steps)
         self.optimizer.set_ema_decays(self.ema.decays(step))
         self._step.fill_(step)
         total = torch.zeros((), device=self.device)

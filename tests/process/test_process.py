@@ -200,7 +200,7 @@ def test_nothing_is_read_back(options):
 
 
 @pytest.mark.parametrize(
-    ("backend", "options"), [("eager", STEPS[0]), ("aot_eager", STEPS[1]), ("aot_eager", STEPS[5])]
+    ("backend", "options"), [("eager", STEPS[0]), *(("aot_eager", STEPS[number]) for number in (1, 2, 5))]
 )
 def test_compiles_without_graph_breaks(backend, options):
     torch._dynamo.reset()

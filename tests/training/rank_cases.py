@@ -24,7 +24,8 @@ LINEAR = {"steps": 20, "log_every": 1, "checkpoint_every": 1000, "lr": 1e3, "ada
 
 
 def run_case(folder: Path, name: str, options: dict[str, Any], world: World) -> dict[str, Any] | None:
-    """Losses by step, the sums of the weights and averages at the end, and what this case is; of the first process."""
+    """Losses by step, sums of the weights and averages at the end, a learnt target and its averages (here, and in every
+    process), and what this case is; of the first process."""
     folder = folder / f"{name}-{world.size}"
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(**(LINEAR | options))
@@ -34,6 +35,13 @@ def run_case(folder: Path, name: str, options: dict[str, Any], world: World) -> 
     weights = [float(full_tensor(p.detach()).double().square().sum()) for p in trainer.parameters.values()]
     trainer.averaged.refresh()
     averages = [float(p.double().square().sum()) for p in trainer.averaged.model.parameters()]
+    learnt = [number for number, name in enumerate(trainer.parameters) if name.startswith("process.")]
+    target = [[*trainer.parameters.values()][number].detach().flatten() for number in learnt]
+    target += [average[number].flatten() for average in trainer.ema.averages for number in learnt]
+    own = torch.cat([torch.zeros(0), *target])
+    everyone = torch.zeros(world.size, own.numel())
+    everyone[world.rank] = own
+    world.all_reduce(everyone)
     if not world.is_main:
         return None
     records = read_metrics(folder / "metrics.jsonl")
@@ -44,6 +52,8 @@ def run_case(folder: Path, name: str, options: dict[str, Any], world: World) -> 
         "fp8": [record.get("fp8_loss_difference") for record in records],
         "weights": weights,
         "averages": averages,
+        "target": own.tolist(),
+        "of_processes": everyone.tolist(),
         "mode": trainer.mode,
         "sharded": sum(hasattr(p, "full_tensor") for p in trainer.parameters.values()),
     }

@@ -20,7 +20,8 @@ from tests.training.rank_cases import run_cases
 CPU = torch.device("cpu")
 ALONE: dict[str, dict[str, Any]] = {
     "plain": {"stratified": True},
-    "learnt": {"target": "k", "schedule": "flow", "grad_clip": 0.3},
+    "learnt": {"target": "k", "schedule": "flow", "grad_clip": 0.3, "k_lr": 3e3, "ema_decay": (0.9, 0.99)},
+    "learnt(t)": {"target": "k(t)", "schedule": "flow", "loss_space": "u", "lr": 1e2, "ema_std": (0.1,)},
     "dit": {"model": "dit_tiny", "steps": 6},
 }
 TWO: dict[str, dict[str, Any]] = {
@@ -30,6 +31,10 @@ TWO: dict[str, dict[str, Any]] = {
     "plain fsdp accumulation": {"parallel": "fsdp", "accumulation": 2},
     "learnt ddp": {"parallel": "ddp"},
     "learnt fsdp": {"parallel": "fsdp", "recompute": "full"},
+    "learnt ddp accumulation": {"parallel": "ddp", "accumulation": 2},
+    "learnt fsdp accumulation": {"parallel": "fsdp", "accumulation": 2},
+    "learnt(t) ddp": {"parallel": "ddp"},
+    "learnt(t) fsdp": {"parallel": "fsdp"},
     "dit fsdp": {"parallel": "fsdp"},
 }
 FOUR: dict[str, dict[str, Any]] = {"plain auto": {"parallel": "auto"}, "plain fsdp": {"parallel": "fsdp"}}
@@ -71,6 +76,16 @@ def test_the_number_of_processes_changes_nothing_but_rounding(ends, size, name):
     assert several["weights"] == pytest.approx(alone["weights"], rel=1e-5)
     assert several["averages"] == pytest.approx(alone["averages"], rel=1e-5)
     assert alone["losses"][-1] != alone["losses"][0]
+
+
+@pytest.mark.parametrize("name", [name for name in TWO if name.startswith("learnt")])
+def test_a_learnt_target_is_the_same_in_every_process(ends, name):
+    """Its gradient is averaged over processes once, whatever splits the network: twice, or not at all, would show."""
+    alone, several = ends[1][name.split()[0]], ends[2][name]
+    assert several["target"] == pytest.approx(alone["target"], rel=1e-4, abs=1e-6)
+    assert max(map(abs, alone["target"])) > 1e-3
+    first, second = several["of_processes"]
+    assert first == second  # to the last bit
 
 
 def test_the_network_was_split_where_it_should_be(ends):
