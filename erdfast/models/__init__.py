@@ -17,12 +17,14 @@ from erdfast.models.diffusers_dit import (
 )
 from erdfast.models.dit import DiT, DiTConfig
 from erdfast.models.flops import forward_flops, parameter_count, training_flops, training_memory_bytes
+from erdfast.models.jit import JiT, JiTConfig
+from erdfast.models.lightningdit import LightningDiT, LightningDiTConfig
 from erdfast.models.published import load_published
 from erdfast.models.uvit import UViT, UViTConfig
 
 BACKBONES: dict[str, type[BackboneConfig]] = {"dit": DiTConfig, "uvit": UViTConfig}
 """Configuration class by the name that `describe()` writes."""
-BACKBONES[DiffusersDiTConfig.backbone] = DiffusersDiTConfig
+BACKBONES |= {kind.backbone: kind for kind in (LightningDiTConfig, JiTConfig, DiffusersDiTConfig)}
 
 
 def config_from_dict(description: Mapping[str, Any]) -> BackboneConfig:
@@ -53,6 +55,10 @@ __all__ = [
     "DiTConfig",
     "DiffusersDiT",
     "DiffusersDiTConfig",
+    "JiT",
+    "JiTConfig",
+    "LightningDiT",
+    "LightningDiTConfig",
     "TransformerConfig",
     "UViT",
     "UViTConfig",

@@ -148,6 +148,11 @@ class TransformerConfig(BackboneConfig):
         return self.num_patches
 
     @property
+    def block_tokens(self) -> tuple[int, ...]:
+        """Tokens of each block, in running order."""
+        return (self.tokens,) * self.depth
+
+    @property
     def head_width(self) -> int:
         """Channels of a head."""
         return self.width // self.num_heads
@@ -165,29 +170,30 @@ class TransformerConfig(BackboneConfig):
         compute_activations: int,
         residual_activations: int,
         hidden_products: int | None = None,
+        recomputed_bytes: int | None = None,
     ) -> Accounting:
-        """The accounting of `depth` blocks of attention and an MLP, all on `tokens` tokens.
+        """The accounting of `depth` blocks of attention and an MLP.
 
         Per token and block, D wide and M in the MLP, matrix products write 3 D (qkv), D (attention), D (its
         projection), M (or `hidden_products`, where the first Linear is wider than M) and D; selective recomputing reads
-        and writes (18 D + 4 M) bytes.
+        and writes (18 D + 4 M) bytes, or `recomputed_bytes`.
 
         Args:
-            weights_per_token: numbers in the matrices that every token is multiplied with.
-            weights_per_image: multiplications that happen once per image: time embedding, modulation, convolution.
+            weights_per_token: numbers in the matrices that each of `tokens` tokens is multiplied with.
+            weights_per_image: other multiplications of an image: time embedding, modulation, convolution.
         """
         T, D, M = self.tokens, self.width, self.mlp_width
-        hidden = M if hidden_products is None else hidden_products
+        through = sum(self.block_tokens)
         return Accounting(
-            products=T * weights_per_token + weights_per_image + 2 * self.depth * D * T**2,
+            products=T * weights_per_token + weights_per_image + 2 * D * sum(t**2 for t in self.block_tokens),
             compute_activations=compute_activations,
             residual_activations=residual_activations,
             blocks=self.depth,
-            block_inputs=T * self.depth * D,
-            block_products=T * self.depth * (6 * D + hidden),
-            recomputed_bytes=T * self.depth * (18 * D + 4 * hidden),
+            block_inputs=through * D,
+            block_products=through * (6 * D + (hidden_products or M)),
+            recomputed_bytes=through * (recomputed_bytes or 18 * D + 4 * M),
             smallest_product=T * D,
-            attentions=(Heads(self.num_heads, T, self.head_width),),
+            attentions=tuple(Heads(self.num_heads, t, self.head_width) for t in sorted(set(self.block_tokens))),
         )
 
 
@@ -197,6 +203,9 @@ class Backbone(nn.Module):
     Weights may be float32 (with or without autocast) or of a lower dtype. Time features are computed in
     float32 always.
     """
+
+    has_dropout: bool = False
+    """Whether training drops numbers: `forward` then also takes `key`, a NoiseKey that says which."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from erdfast.models.backbone import Accounting, Backbone, TransformerConfig
 from erdfast.models.layers import (
     Attention,
+    FixedTable,
     Mlp,
     PatchEmbed,
     TimeFeatures,
@@ -88,6 +89,75 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(y_B)
 
 
+class AdaLNTransformer(Backbone):
+    """What DiT and its descendants have in common: all but the patch embedding, the blocks and the final layer.
+
+    A subclass adds `blocks`, `final_layer` (with a `linear`) and calls `init_weights`.
+    """
+
+    config: TransformerConfig
+    blocks: nn.ModuleList
+    final_layer: nn.Module
+
+    def __init__(self, config: TransformerConfig, x_embedder: nn.Module) -> None:
+        super().__init__(config)
+        width = config.width
+        self.grid, self.patch_size = config.grid, config.patch_size
+        self.x_embedder = x_embedder
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(config.num_classes, width) if config.num_classes else None
+        # A parameter without gradient, not a buffer: the published checkpoints and counts contain it as one.
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_patches, width), requires_grad=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Xavier for matrices, 0.02 for the embeddings of time and label, zero for modulations and output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                xavier_uniform(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, FixedTable):
+                module.init_weights()
+        for module in self.x_embedder.modules():
+            if isinstance(module, nn.Conv2d):
+                xavier_uniform(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.pos_embed.copy_(sincos_table(self.grid, self.config.width, device=self.pos_embed.device))
+        for module in self.t_embedder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        # With zero gates every block starts as the identity.
+        for module in [*self.blocks, self.final_layer]:
+            for parameter in module.get_submodule("adaLN_modulation").parameters():
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(self.final_layer.get_parameter("linear.weight"))
+
+    def blocks_for_sharding(self) -> list[nn.Module]:
+        """The blocks in order."""
+        return list(self.blocks)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) => (B, L, D), with their positions."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def conditions(self, time: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B,), (B,) or None => the condition of every modulation (B, D), and of it the label's part."""
+        time_BD = self.t_embedder(time, self.pos_embed.dtype)
+        if self.y_embedder is None:
+            return time_BD, None
+        label_BD = self.y_embedder(y)
+        return time_BD + label_BD, label_BD
+
+    def image(self, x_BLD: Tensor, condition_BD: Tensor) -> Tensor:
+        """The final layer's patches as (B, C_out, H, W)."""
+        return unpatchify(self.final_layer(x_BLD, condition_BD), self.grid, self.patch_size)
+
+
 class DiTBlock(nn.Module):
     """Attention and MLP, each with a modulated norm before and a gate behind (adaLN-Zero)."""
 
@@ -119,59 +189,22 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x_BLD, shift_BD, scale_BD))
 
 
-class DiT(Backbone):
+class DiT(AdaLNTransformer):
     """The network; see `Backbone.forward` for inputs and output."""
 
     config: DiTConfig
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__(config)
-        width, patch_size = config.width, config.patch_size
-        self.grid, self.patch_size = config.grid, patch_size
-        self.x_embedder = PatchEmbed(config.input_shape[0], width, patch_size)
-        self.t_embedder = TimeEmbedding(width)
-        self.y_embedder = LabelEmbedding(config.num_classes, width) if config.num_classes else None
-        # A parameter without gradient, not a buffer: the published checkpoints and counts contain it as one.
-        self.pos_embed = nn.Parameter(torch.empty(1, config.num_patches, width), requires_grad=False)
+        super().__init__(config, PatchEmbed(config.input_shape[0], config.width, config.patch_size))
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(width, patch_size**2 * config.out_channels)
+        self.final_layer = FinalLayer(config.width, config.patch_size**2 * config.out_channels)
         self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Xavier for matrices, 0.02 for the embeddings of time and label, zero for modulations and output."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                xavier_uniform(module.weight)
-                nn.init.zeros_(module.bias)
-        xavier_uniform(self.x_embedder.proj.weight)
-        if self.x_embedder.proj.bias is not None:
-            nn.init.zeros_(self.x_embedder.proj.bias)
-        self.pos_embed.copy_(sincos_table(self.grid, self.config.width, device=self.pos_embed.device))
-        self.t_embedder.features.init_weights()
-        for module in self.t_embedder.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        # With zero gates every block starts as the identity.
-        for module in self.modules():
-            if isinstance(module, DiTBlock | FinalLayer):
-                for parameter in module.adaLN_modulation.parameters():
-                    nn.init.zeros_(parameter)
-        nn.init.zeros_(self.final_layer.linear.weight)
-
-    def blocks_for_sharding(self) -> list[nn.Module]:
-        """The blocks in order."""
-        return list(self.blocks)
 
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C_out, H, W)."""
         self.check_inputs(x, time, y)
-        x_BLD = self.x_embedder(x) + self.pos_embed
-        condition_BD = self.t_embedder(time, self.pos_embed.dtype)
-        if self.y_embedder is not None:
-            condition_BD = condition_BD + self.y_embedder(y)
+        x_BLD = self.patches(x)
+        condition_BD, _ = self.conditions(time, y)
         for block in self.blocks:
             x_BLD = block(x_BLD, condition_BD)
-        return unpatchify(self.final_layer(x_BLD, condition_BD), self.grid, self.patch_size)
+        return self.image(x_BLD, condition_BD)

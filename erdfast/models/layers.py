@@ -80,6 +80,14 @@ def unpatchify(patches_BLN: Tensor, grid: tuple[int, int], patch_size: int) -> T
     return image.reshape(B, C, rows * P, columns * P)
 
 
+def patch_tokens(conv: nn.Module, image_BCYX: Tensor, patch_size: int) -> Tensor:
+    """A convolution whose stride is its kernel, as tokens: (B, C, Y, X) => (B, L, D)."""
+    # It is a matrix product. Spelled so, its backward needs no choice of a convolution algorithm and is deterministic.
+    if not plain(conv, nn.Conv2d):
+        return conv(image_BCYX).flatten(2).transpose(1, 2).contiguous()
+    return F.linear(patchify(image_BCYX, patch_size), conv.weight.flatten(1), conv.bias)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, each through one Linear: (B, C, Y, X) => (B, L, D).
 
@@ -92,14 +100,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, image_BCYX: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is a matrix product. Spelled so, its backward needs no
-        # choice of a convolution algorithm and is deterministic.
-        weight = self.proj.weight
-        image_BCYX = image_BCYX.to(weight.dtype)
-        if not plain(self.proj, nn.Conv2d):
-            return self.proj(image_BCYX).flatten(2).transpose(1, 2).contiguous()
-        patches = patchify(image_BCYX, self.patch_size)
-        return F.linear(patches, weight.flatten(1), self.proj.bias)
+        return patch_tokens(self.proj, image_BCYX.to(self.proj.weight.dtype), self.patch_size)
 
 
 class Attention(nn.Module):
@@ -136,11 +137,34 @@ class Mlp(nn.Module):
         return self.fc2(hidden_BLM)
 
 
-class TimeFeatures(nn.Module):
+class FixedTable(nn.Module):
+    """Holds tables that are computed, not trained: float32 buffers that are in no checkpoint and that no cast lowers.
+
+    A subclass registers them with `add_table` and fills them in `init_weights`, which it calls itself.
+    """
+
+    def add_table(self, name: str, *shape: int) -> None:
+        """A float32 buffer without values yet."""
+        self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=False)
+
+    def init_weights(self) -> None:
+        """Fill the tables, for instance after a model built on the meta device got its memory."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedTable:
+        super()._apply(fn, recurse)
+        lowered = [(name, table) for name, table in self.named_buffers() if table.dtype != torch.float32]
+        for name, table in lowered:
+            self._buffers[name] = torch.empty_like(table, dtype=torch.float32)
+        if lowered:
+            self.init_weights()
+        return self
+
+
+class TimeFeatures(FixedTable):
     """Sine-cosine features of the time: (B,) => (B, E) float32, cosines first, E even.
 
-    The frequencies are 10000^(-i/(E/2)), i < E/2. They live on the model's device as a float32 buffer that no
-    cast of the model lowers: at time 999 a bf16 frequency would be off by two radians.
+    The frequencies are 10000^(-i/(E/2)), i < E/2. At time 999 a bf16 frequency would be off by two radians.
     """
 
     frequencies: Tensor
@@ -150,21 +174,14 @@ class TimeFeatures(nn.Module):
         if features % 2:
             raise ValueError(f"the number of time features must be even, not {features}")
         self.features = features
-        self.register_buffer("frequencies", torch.empty(features // 2, dtype=torch.float32), persistent=False)
+        self.add_table("frequencies", features // 2)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fill the table, for instance after a model built on the meta device got its memory."""
+        """Fill the table."""
         half = self.features // 2
         index = torch.arange(half, dtype=torch.float32, device=self.frequencies.device)
         self.frequencies.copy_(torch.exp(-math.log(10000.0) * index / half))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeFeatures:
-        super()._apply(fn, recurse)
-        if self.frequencies.dtype != torch.float32:
-            self.frequencies = torch.empty_like(self.frequencies, dtype=torch.float32)
-            self.init_weights()
-        return self
 
     def forward(self, time_B: Tensor) -> Tensor:
         angles = time_B.float().unsqueeze(1) * self.frequencies

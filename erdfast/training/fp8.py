@@ -1,8 +1,8 @@
 """Precision fp8: bf16, with the large products of the blocks in float8; and what that does to the loss.
 
-Swapped are the Linears of `Attention` (qkv, proj) and `Mlp` (fc1, fc2). Not the modulation, which a sample meets once,
-and not what stands in the residual stream itself: embeddings, the final layer and U-ViT's long skips, whose rounding no
-later addition to the stream would outweigh.
+Swapped are the Linears of `Attention` (qkv, proj), `Mlp` (fc1, fc2) and `SwiGlu` (w12, w3). Not the modulation, which a
+sample meets once, and not what stands in the residual stream itself: embeddings, the final layer and U-ViT's long
+skips, whose rounding no later addition to the stream would outweigh.
 
 Parameters, their names and their float32 values are those of the other precisions: checkpoints are interchangeable.
 """
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from erdfast.data import Batch
 from erdfast.models import Backbone
 from erdfast.models.layers import Attention, Mlp, plain
+from erdfast.models.rope_layers import SwiGlu
 from erdfast.ops.fp8_linear import FP8_MULTIPLE, fp8_fits, fp8_linear
 
 from .parallel import World
@@ -55,7 +56,7 @@ def apply_fp8(model: Backbone, backend: str) -> list[str]:
     swapped = []
     for block in model.blocks_for_sharding():
         for part in block.modules():
-            if isinstance(part, Attention | Mlp):
+            if isinstance(part, Attention | Mlp | SwiGlu):
                 swapped += [layer for layer in part.children() if plain(layer, nn.Linear) and fp8_fits(layer.weight)]
     if not swapped:
         raise ValueError(

@@ -36,7 +36,7 @@ def apply_recompute(model: Backbone, mode: str) -> None:
         raise ValueError(f"unknown recompute mode {mode!r}; choose from {', '.join(MODES)}")
     if mode == "none":
         return
-    # Nothing in a block is random, so that no generator's state need be kept.
+    # No block draws from a generator (dropout is a function of its key), whose state would have to be kept.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -47,7 +47,7 @@ class DiffusionStep(nn.Module):
     """Noise, network and loss of one micro-batch; a module, so that DDP can wrap all that is trained.
 
     Args:
-        model: (x, time, y) => prediction.
+        model: (x, time, y) => prediction; one that has dropout also takes a key.
         process: what is added, predicted and weighed.
         seed: of the run.
         global_batch: samples of an optimiser step over all micro-batches and processes.
@@ -72,6 +72,7 @@ class DiffusionStep(nn.Module):
         super().__init__()
         self.model, self.process = model, process
         self.num_classes = model.num_classes
+        self.has_dropout = getattr(model, "has_dropout", False)  # any (x, time, y) => prediction will do
         self.global_batch, self.label_drop, self.precision = global_batch, label_drop, precision
         # A device tensor, so that a compiled step neither waits for it nor is compiled for one value.
         seed_tensor = torch.full((), philox.signed64(seed), dtype=torch.int64, device=device)
@@ -88,7 +89,7 @@ class DiffusionStep(nn.Module):
         """
         noised = self.noised(x, y, step, offset, moments_scale)
         with self.precision.autocast():
-            pred = self.model(noised.x_t, noised.coef.time, noised.labels)
+            pred = self.model(noised.x_t, noised.coef.time, noised.labels, **self._dropout_key(step, noised.ids))
         return self.measured(pred, x, noised, step, moments_scale)
 
     def noised(self, x: Tensor, y: Tensor, step: Tensor, offset: Tensor, moments_scale: float | None) -> Noised:
@@ -110,6 +111,10 @@ class DiffusionStep(nn.Module):
         key = NoiseKey(self.seed, step, noised.ids)
         loss, mse = diffusion_loss(pred, _source(x, moments_scale), noised.coef, key, per_sample=True)
         return StepResult(loss, mse, noised.coef.logsnr.detach(), noised.coef.time)
+
+    def _dropout_key(self, step: Tensor, ids: Tensor) -> dict[str, NoiseKey]:
+        """What a network with dropout is told in training; nothing for any other."""
+        return {"key": NoiseKey(self.seed, step, ids)} if self.model.training and self.has_dropout else {}
 
     def _labels(self, y: Tensor, step: Tensor, ids: Tensor) -> Tensor | None:
         if self.num_classes == 0:
