@@ -66,6 +66,7 @@ ENTRY_POINTS |= {
     "erdfast.ema",
     "erdfast.encode",
     "erdfast.export",
+    "erdfast.experiments",
 }
 EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard", "wandb"}
 """Optional dependencies: imported where they are used, never when a module is."""
