@@ -7,9 +7,14 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from erdfast.models import Backbone, BackboneConfig, DiTConfig, UViTConfig
+from erdfast.models import ADMUNetConfig, Backbone, BackboneConfig, DiTConfig, UViTConfig
 
 # fmt: off
+_ADM_64: dict[str, Any] = {"input_shape": (3, 64, 64), "num_res_blocks": 3, "attention_resolutions": (2, 4, 8),
+                           "new_attention_order": True}
+_ADM_128: dict[str, Any] = {"input_shape": (3, 128, 128), "num_res_blocks": 2, "attention_resolutions": (4, 8, 16)}
+_ADM_256: dict[str, Any] = {"input_shape": (3, 256, 256), "num_res_blocks": 2, "attention_resolutions": (8, 16, 32)}
+
 MODELS: dict[str, BackboneConfig] = {
     # Latents (4, 32, 32) of 256-pixel images, 1000 classes.                           parameters  GFLOP/image
     "uvit_s2":     UViTConfig(depth=13, width=512,  num_heads=8),                     #  44,772,516    74
@@ -20,11 +25,26 @@ MODELS: dict[str, BackboneConfig] = {
     "dit_b2":      DiTConfig(depth=12,  width=768,  num_heads=12),                    # 130,500,112   138
     "dit_l2":      DiTConfig(depth=24,  width=1024, num_heads=16),                    # 458,086,416   484
     "dit_xl2":     DiTConfig(depth=28,  width=1152, num_heads=16),                    # 675,111,184   712
+    # ADM's UNets, by pixels, attention at 32x32, 16x16 and 8x8. CelebA: as ERD's authors had it (59M), no classes.
+    "adm_unet_celeba64":   ADMUNetConfig(model_channels=128, channel_mult=(1, 2, 2, 2), num_heads=1, num_classes=0,
+                                         **_ADM_64),                                  #  58,936,963   241
+    "adm_unet_imagenet64": ADMUNetConfig(model_channels=192, channel_mult=(1, 2, 3, 4), num_head_channels=64,
+                                         dropout=0.1, **_ADM_64),                     # 295,900,035   658
+    "adm_unet_imagenet128": ADMUNetConfig(model_channels=256, channel_mult=(1, 1, 2, 3, 4), num_heads=4,
+                                          **_ADM_128),                                # 421,523,715  1841
+    "adm_unet_imagenet256": ADMUNetConfig(model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), num_head_channels=64,
+                                          **_ADM_256),                                # 553,832,195  6716
+    # The sizes of LDM's network on (4, 32, 32) latents, with ADM's blocks, as ERD's authors had it.
+    "adm_unet_ldm":        ADMUNetConfig(model_channels=256, channel_mult=(1, 2, 4), num_res_blocks=2,
+                                         attention_resolutions=(1, 2, 4), num_head_channels=32,
+                                         new_attention_order=True),                   # 289,521,668   270
     # For a CPU: the 8x8 digits, and small latents for tests.
     "uvit_digits": UViTConfig(depth=5, width=128, num_heads=4, input_shape=(1, 8, 8), num_classes=10),
     "dit_digits":  DiTConfig(depth=6,  width=96,  num_heads=3, input_shape=(1, 8, 8), num_classes=10),
     "uvit_tiny":   UViTConfig(depth=3, width=64,  num_heads=2, input_shape=(4, 8, 8), num_classes=10),
     "dit_tiny":    DiTConfig(depth=3,  width=64,  num_heads=2, input_shape=(4, 8, 8), num_classes=10),
+    "adm_unet_tiny": ADMUNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
+                                   num_head_channels=16, input_shape=(3, 16, 16), num_classes=10),
 }
 # fmt: on
 """Configuration by preset name, beside it parameters and operations (10^9, forward and backward).

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from erdfast.models.adm_unet import ADMUNet, ADMUNetConfig
 from erdfast.models.backbone import Backbone, BackboneConfig, TransformerConfig
 from erdfast.models.diffusers_dit import (
     DiffusersDiT,
@@ -24,7 +25,7 @@ from erdfast.models.uvit import UViT, UViTConfig
 
 BACKBONES: dict[str, type[BackboneConfig]] = {"dit": DiTConfig, "uvit": UViTConfig}
 """Configuration class by the name that `describe()` writes."""
-BACKBONES |= {kind.backbone: kind for kind in (LightningDiTConfig, JiTConfig, DiffusersDiTConfig)}
+BACKBONES |= {kind.backbone: kind for kind in (LightningDiTConfig, JiTConfig, ADMUNetConfig, DiffusersDiTConfig)}
 
 
 def config_from_dict(description: Mapping[str, Any]) -> BackboneConfig:
@@ -49,6 +50,8 @@ def config_from_dict(description: Mapping[str, Any]) -> BackboneConfig:
 
 __all__ = [
     "BACKBONES",
+    "ADMUNet",
+    "ADMUNetConfig",
     "Backbone",
     "BackboneConfig",
     "DiT",

@@ -46,6 +46,11 @@ class Accounting:
     """Numbers in the result of the smallest product that matters: from it follows how many tiles a GPU can share."""
     attentions: tuple[Heads, ...]
     """The different shapes of attention."""
+    low_stream: bool = False
+    """Whether the residual stream between blocks is in the dtype of the matrix products, and not in float32."""
+    unsaved_share: float = 0.0
+    """Share of the activations (in bf16) that recomputing does not save: those of the block that keeps most, and of
+    what is around the blocks. 0: all blocks keep as much, and what is around them next to nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,9 +228,9 @@ class Backbone(nn.Module):
             x: (B, C, H, W), floating point; converted to the dtype of the weights.
             time: (B,) float32, as `Coefficients.time` holds it. (Not lower: bf16 has no number between 996
                 and 1000.)
-            y: (B,) int64 or int32 in 0..num_classes, where num_classes is the null class; None if and only if
-                the network is unconditional. The values are not checked: that would make the host wait for
-                the device.
+            y: (B,) int64 or int32 in 0..num_classes, where num_classes is the null class (if `null_class` is not
+                None); None if and only if the network is unconditional. The values are not checked: that would
+                make the host wait for the device.
 
         Returns:
             (B, C_out, H, W).
@@ -244,7 +249,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def blocks_for_sharding(self) -> list[nn.Module]:
-        """The transformer blocks in running order: the units of sharding, compiling and recomputing."""
+        """The blocks in running order: the units of sharding, compiling and recomputing."""
         raise NotImplementedError
 
     def check_inputs(self, x: Tensor, time: Tensor, y: Tensor | None) -> None:
@@ -265,8 +270,9 @@ class Backbone(nn.Module):
                 raise ValueError("this network is unconditional (num_classes=0): call it with y=None")
             return
         if y is None:
-            raise ValueError(
-                f"this network needs labels y (B,) in 0..{self.num_classes}, the last being the null class"
-            )
+            labels = f"0..{self.num_classes}, the last being the null class"
+            if self.null_class is None:
+                labels = f"0..{self.num_classes - 1}; it has no null class"
+            raise ValueError(f"this network needs labels y (B,) in {labels}")
         if tuple(y.shape) != (x.shape[0],) or y.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"y must be ({x.shape[0]},) int64 or int32, not {tuple(y.shape)} {y.dtype}")

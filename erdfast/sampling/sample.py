@@ -86,6 +86,7 @@ def _resolve_labels(
     num_classes: int,
     labels: Tensor | Sequence[int] | None,
     classes: Sequence[int] | None,
+    has_null: bool,
 ) -> Tensor | None:
     """(num,) int64 labels on the CPU, or None for an unconditional model."""
     check_whole("first_id", first_id, 0)
@@ -105,9 +106,10 @@ def _resolve_labels(
     y = y.to(torch.int64)
     if y.shape != (num,):
         raise ValueError(f"labels must have shape ({num},), got {tuple(y.shape)}")
-    outside = y[(y < 0) | (y > num_classes)].unique().tolist()
+    outside = y[(y < 0) | (y > num_classes - (not has_null))].unique().tolist()
     if outside:
-        raise ValueError(f"labels {outside} are not within 0..{num_classes - 1} (or {num_classes}, no class)")
+        null = f" (or {num_classes}, no class)" if has_null else "; this model knows no null class"
+        raise ValueError(f"labels {outside} are not within 0..{num_classes - 1}{null}")
     return y
 
 
@@ -202,6 +204,7 @@ class ImageSampler:
             call = GraphedModel(call)
         self.levels = make_levels(process, steps, level_set, "ratio" if ASKS[self.name] == "denoise" else "time")
         null_class = getattr(model, "null_class", self.num_classes if self.num_classes > 0 else None)
+        self._has_null = null_class is not None
         label = torch.zeros(1, dtype=torch.int64, device=self.device) if self.num_classes else None
         self._guided = Guided(call, process, label, cfg_scale, interval, null_class, autocast_dtype)
         self._guided.prepare(self.levels.times, self.device)
@@ -218,7 +221,7 @@ class ImageSampler:
 
         Args:
             num: number of images, at least 1.
-            labels: (num,) in 0..num_classes (num_classes being the null class), or None.
+            labels: (num,) in 0..num_classes (num_classes being the null class, if the model has one), or None.
             classes: instead of labels, the classes to take in turn; with neither, all classes in turn.
             first_id: number of the first image, for runs that draw a part of the whole; classes in turn count from 0.
 
@@ -226,7 +229,7 @@ class ImageSampler:
             ValueError: any argument outside the ranges above.
         """
         check_whole("num", num, 1)
-        y = _resolve_labels(num, first_id, self.num_classes, labels, classes)
+        y = _resolve_labels(num, first_id, self.num_classes, labels, classes, self._has_null)
         return self._batches(num, y, first_id)
 
     def _batches(self, num: int, y: Tensor | None, first_id: int) -> Iterator[Batch]:

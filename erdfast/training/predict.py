@@ -85,7 +85,7 @@ def memory_limit(gpu: Gpu) -> float:
 def activation_bytes(network: BackboneConfig, images: int, precision: str, recompute: str) -> float:
     """What forward keeps, and what one block makes anew in backward.
 
-    full keeps the blocks' float32 inputs. selective also keeps the results of their matrix products and of attention.
+    full keeps the blocks' inputs. selective also keeps the results of their matrix products and of attention.
     On a CPU, what is alive after a forward pass of a transformer is within 10% of it.
 
     Raises:
@@ -97,10 +97,10 @@ def activation_bytes(network: BackboneConfig, images: int, precision: str, recom
     if recompute == "none":
         return everything
     cost = network.accounting()
-    kept = 4 * images * cost.block_inputs
+    kept = (COMPUTE_BYTES[precision] if cost.low_stream else 4) * images * cost.block_inputs
     if recompute == "selective":
         kept += COMPUTE_BYTES[precision] * images * cost.block_products
-    return kept + everything / cost.blocks
+    return kept + everything * (cost.unsaved_share or 1 / cost.blocks)
 
 
 def memory_per_gpu(

@@ -17,7 +17,7 @@ from erdfast.models import Backbone
 MODES = ("none", "selective", "full")
 _KEPT = frozenset(
     {
-        *("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::linear"),
+        *("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::linear", "aten::convolution"),
         *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
         *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"),
         *("erdfast::attention", "erdfast::attention_qkv"),

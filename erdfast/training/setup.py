@@ -44,10 +44,19 @@ def network_config(config: TrainConfig, dataset: Dataset | None = None) -> Backb
 
 
 def build_network(config: TrainConfig, dataset: Dataset) -> Backbone:
-    """The network with freshly drawn weights; without label drop it has no null class to guide with."""
+    """The network with freshly drawn weights; without label drop it has no null class to guide with.
+
+    Raises:
+        ValueError: labels shall be dropped, but the network has no null class that could take their place.
+    """
     model = network_config(config, dataset).build()
     if config.label_drop == 0:
         model.null_class = None
+    elif model.num_classes and model.null_class is None:
+        raise ValueError(
+            f"label_drop {config.label_drop} needs a null class, which {config.model} does not have; "
+            "choose label_drop 0"
+        )
     return model
 
 

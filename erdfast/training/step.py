@@ -140,8 +140,12 @@ def compile_step(step: DiffusionStep, mode: str) -> None:
     if mode not in COMPILE_MODES:
         raise ValueError(f"unknown compile mode {mode!r}; choose from {', '.join(COMPILE_MODES)}")
     if mode == "block":
+        blocks = step.model.blocks_for_sharding()
+        # A UNet's blocks are almost all of different sizes, of which the compiler otherwise takes eight.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, len(blocks) + 1)
         # The functions, not the modules: FSDP's hooks around them stay outside.
-        for block in step.model.blocks_for_sharding():
+        for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         step.noised = torch.compile(step.noised, fullgraph=True, dynamic=False)
     elif mode != "none":
