@@ -52,8 +52,12 @@ stages() {
     step_dit_xl2_small "training steps, batch 32" \
     step_dit_b2 "training steps, batch 128" \
     step_dit_b2_small "training steps, batch 32" \
+    step_lightningdit_xl1 "training steps, batch 128" \
+    step_jit_b16 "training steps on pixels of 256, batch 128" \
+    step_adm_unet_imagenet64 "training steps on pixels of 64, batch 128" \
     profile_uvit_h2 "where the time of a step goes, batch 128, compiled by blocks" \
     profile_dit_b2 "the same" \
+    profile_jit_b16 "the same: the share of the loss at pixels" \
     loader "reading shuffled latents beside others' ways, on the processor" \
     digits "the digits recipe and its quality"
 }

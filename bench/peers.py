@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erdfast.models import BackboneConfig, DiTConfig, UViTConfig
+from erdfast.models import BackboneConfig, DiTConfig, LightningDiTConfig, UViTConfig
 
 URLS = {
     "erd": "https://github.com/LilYau350/Elucidated-Representation-Diffusion",
@@ -209,8 +209,8 @@ def _uvit(config: BackboneConfig, loader: Loader, device: torch.device) -> Calla
 
 
 def _lightningdit(config: BackboneConfig, loader: Loader, device: torch.device) -> Callable[[], object]:
-    if not isinstance(config, DiTConfig):
-        raise ValueError("the LightningDiT repository has no U-ViT: choose a dit preset")
+    if not isinstance(config, DiTConfig | LightningDiTConfig):
+        raise ValueError(f"the LightningDiT repository has no {config.backbone}: choose a lightningdit or dit preset")
     stand_in("torchdiffeq", "fairscale.nn.model_parallel.initialize", "fairscale.nn.model_parallel.layers")
     channels, side, _ = config.input_shape
     model = importlib.import_module("models.lightningdit").LightningDiT(
@@ -222,6 +222,7 @@ def _lightningdit(config: BackboneConfig, loader: Loader, device: torch.device) 
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         num_classes=config.num_classes,
+        use_qknorm=isinstance(config, LightningDiTConfig) and config.qk_norm,
         use_swiglu=True,
         use_rope=True,
         use_rmsnorm=True,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from erdfast import cli, presets
+from erdfast import cli, presets, recipes
 from erdfast.config import TrainConfig
 from erdfast.data import Batch, Dataset
 from erdfast.models import BackboneConfig
@@ -102,7 +102,7 @@ class EagerStep:
         self.data = RandomLatents(config, options.samples)
         self.model = config.build().to(device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        recipe = presets.recipe(presets.recipe_of_model(options.model))
+        recipe = recipes.recipe(recipes.recipe_of_model(options.model))
         self.process = Process(schedule="cosine", target="eps", weighting="erd").to(device)
         self.parameters: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
@@ -154,7 +154,7 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def ours(options: StepOptions, device: torch.device, *, compiled: bool = False, graph: bool = False) -> Step:
     """The trainer's own step, by the network's own recipe."""
-    recipe = presets.recipe(presets.recipe_of_model(options.model))
+    recipe = recipes.recipe(recipes.recipe_of_model(options.model))
     own = {
         "model": options.model,
         "batch_size": options.batch,

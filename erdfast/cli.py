@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from erdfast import presets
+from erdfast import recipes
 from erdfast.config import EvalConfig, PreviewConfig, TrainConfig
 
 Config = TypeVar("Config")
@@ -105,8 +105,8 @@ def parse_train(argv: Sequence[str] | None = None, agree: Callable[[bool], bool]
             arguments, first.resume = [*_without_out(arguments), "--resume", first.out], first.out
     if first.resume is not None:
         return _parse_resume(arguments, Path(first.resume))
-    name = first.recipe or ("digits" if first.model is None else presets.recipe_of_model(first.model))
-    return parse(TrainConfig, arguments, with_options(TrainConfig(), presets.recipe(name) | {"recipe": name}))
+    name = first.recipe or ("digits" if first.model is None else recipes.recipe_of_model(first.model))
+    return parse(TrainConfig, arguments, with_options(TrainConfig(), recipes.recipe(name) | {"recipe": name}))
 
 
 def with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
@@ -144,7 +144,7 @@ def _parse_resume(arguments: list[str], run: Path) -> TrainConfig:
     config = parse(TrainConfig, arguments, saved)
     if saved.evaluation.eval_every and not config.evaluation.eval_every:  # switched off, with all that it had
         config = dataclasses.replace(config, evaluation=EvalConfig())
-    before, after = (_flat(c) for c in (saved, config))
+    before, after = (flat_options(c) for c in (saved, config))
     changed = [name for name in before if before[name] != after[name] and name not in _FREE_ON_RESUME]
     if changed:
         name = changed[0]
@@ -155,11 +155,20 @@ def _parse_resume(arguments: list[str], run: Path) -> TrainConfig:
     return config
 
 
-def _flat(config: TrainConfig) -> dict[str, Any]:
+def flat_options(config: TrainConfig) -> dict[str, Any]:
+    """All options by name, whichever group they are in."""
     values = dataclasses.asdict(config)
     for group in _GROUPS:
         values |= values.pop(group)
     return values
+
+
+def as_flag(name: str, value: Any) -> str:
+    """An option as it would be typed: "--betas 0.9 0.999", "--no-flip"."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def keep_freed_memory() -> None:

@@ -271,10 +271,21 @@ def _from_older_versions(values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Draw samples from a run's averaged weights."""
+    """Draw samples from a run's averaged weights, or from a published checkpoint."""
 
     run: Path
-    """Run directory of erdfast.train."""
+    """Run directory of erdfast.train, or a published checkpoint: a .pt, .pth, .ckpt or .safetensors file of DiT, SiT,
+    LightningDiT, JiT, U-ViT or ADM."""
+    family: Literal["dit", "sit", "lightningdit", "jit", "uvit", "adm_unet"] | None = None
+    """Of a published checkpoint: by default what its tensors' names say; a SiT looks like a DiT and must be named."""
+    model: str | None = None
+    """Of a published checkpoint: the preset that it is, where shapes do not tell its sizes (an ADM UNet)."""
+    schedule: str | None = None
+    """Of a published checkpoint: the schedule that it was trained on, by default its family's (dit: ddpm_linear; sit,
+    lightningdit, jit: flow)."""
+    target: str | None = None
+    """Of a published checkpoint: what it predicts, by default its family's target (dit: eps; sit, lightningdit: u;
+    jit: x0)."""
     num: int = 64
     """Number of samples."""
     classes: tuple[int, ...] = ()
@@ -321,6 +332,14 @@ class SampleConfig:
             _require("cfg_scale", scale, scale >= 0, "at least 0 (1 is none)")
         if not self.cfg_scale or len(set(self.cfg_scale)) < len(self.cfg_scale):
             raise ValueError(f"cfg_scale is {self.cfg_scale}; it must be one or more different numbers")
+        if self.run.is_dir():
+            for name in ("family", "model", "schedule", "target"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is for published checkpoints: {self.run} is a folder, a run knows its own"
+                    )
+        elif self.weights is not None:
+            raise ValueError(f"weights {self.weights} go with a run: {self.run} is no folder")
         for name in ("latent_scale", "vae_precision"):
             if self.vae is None and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} goes with --vae FOLDER only")

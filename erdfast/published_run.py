@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from erdfast.config import TrainConfig
+from erdfast import presets
+from erdfast.config import ProcessConfig, TrainConfig
 from erdfast.data import Dataset
-from erdfast.models import Backbone
+from erdfast.data.absent import AbsentData
+from erdfast.models import Backbone, load_published
 from erdfast.process import Process
 from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
 from erdfast.training.precision import PrecisionPolicy, resolve_precision
@@ -25,9 +28,12 @@ from erdfast.training.state import PROCESS, PUBLISHED_PROCESS
 class PublishedRun(NamedTuple):
     """What `open_run` read."""
 
+    name: str
+    """For people: of the network."""
     config: TrainConfig
+    """Its options; of a published checkpoint, only what is known."""
     step: int
-    """Of the checkpoint that was read."""
+    """Of the checkpoint that was read; 0 for a published one, which does not say it."""
     dataset: Dataset
     model: Backbone
     """With averaged weights, in evaluation mode."""
@@ -66,7 +72,52 @@ def open_run(run: Path, precision: str, device: torch.device, weights: Path | No
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # PyTorch lists every name
         raise ValueError(f"{weights or checkpoint} does not fit {run / 'config.json'}: {reason}") from error
-    return PublishedRun(config, int(checkpoint.name), dataset, model.to(device).eval(), process.to(device), policy)
+    model, process, step = model.to(device).eval(), process.to(device), int(checkpoint.name)
+    return PublishedRun(config.model, config, step, dataset, model, process, policy)
+
+
+def open_published(
+    path: Path,
+    precision: str,
+    device: torch.device,
+    *,
+    family: str | None = None,
+    model: str | None = None,
+    schedule: str | None = None,
+    target: str | None = None,
+    say: Callable[[str], object] = print,
+) -> PublishedRun:
+    """Anybody's checkpoint as if it were a run of ours.
+
+    Args:
+        path: a file that `load_published` reads.
+        precision, device: see `open_run`.
+        family: of the checkpoint, where its names do not tell it.
+        model: a preset, where its shapes do not tell it.
+        schedule, target: of its training, where its family does not tell it.
+        say: is told what was found.
+
+    Raises:
+        ValueError: it is none, or its schedule or target is not known.
+        FileNotFoundError: no such file.
+    """
+    policy = resolve_precision(precision, device)
+    preset = None if model is None else presets.model_config(model)
+    published = load_published(path, family=family, config=preset)
+    said = {name: value for name, value in (("schedule", schedule), ("target", target)) if value is not None}
+    options: dict[str, Any] = {"weighting": "constant"} | published.process | said
+    unknown = [f"--{name}" for name in ("schedule", "target") if name not in options]
+    if unknown:
+        raise ValueError(f"{path} does not say how it was trained: add {' and '.join(unknown)}")
+    for phrase in published.found:
+        say(phrase)
+    process = ProcessConfig(**options)
+    say(f"sampled as {process.target} prediction on the schedule {process.schedule}")
+    network = published.model
+    dataset = AbsentData(network.input_shape, network.num_classes)
+    config = TrainConfig(process=process)
+    built = process.build().to(device)
+    return PublishedRun(path.stem, config, 0, dataset, network.to(device), built, policy)
 
 
 def _load_weights(path: Path, model: Backbone, process: Process, checkpoint: Path) -> Path:

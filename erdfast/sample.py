@@ -24,7 +24,7 @@ from erdfast.config import SampleConfig
 from erdfast.data.images import save_image_grid
 from erdfast.data.store import DTYPES
 from erdfast.data.vae import Decoder, open_decoder
-from erdfast.published_run import PublishedRun, open_run
+from erdfast.published_run import PublishedRun, open_published, open_run
 from erdfast.sampling import ImageSampler, default_labels
 from erdfast.sampling.drawing import ToPictures, draw_all, draw_parts
 from erdfast.sampling.parts import Parts, begin_parts, is_made, rows_per_part
@@ -103,7 +103,7 @@ class _Job(NamedTuple):
 
 
 def _open(config: SampleConfig, world: World) -> _Job:
-    run = open_run(config.run, config.precision, world.device, config.weights)
+    run = _open_source(config, world)
     labels = None
     if run.model.num_classes:
         labels = default_labels(config.num, run.model.num_classes, config.classes or None)
@@ -117,6 +117,22 @@ def _open(config: SampleConfig, world: World) -> _Job:
     for scale in config.cfg_scale:
         job.sampler(scale)  # what is impossible is noticed before the work
     return job
+
+
+def _open_source(config: SampleConfig, world: World) -> PublishedRun:
+    """A run directory, or a published checkpoint."""
+    if not config.run.is_file():
+        return open_run(config.run, config.precision, world.device, config.weights)
+    return open_published(
+        config.run,
+        config.precision,
+        world.device,
+        family=config.family,
+        model=config.model,
+        schedule=config.schedule,
+        target=config.target,
+        say=lambda line: print(line, flush=True) if world.is_main else None,
+    )
 
 
 def _draw(job: _Job, cfg_scale: float, out: Path, world: World) -> None:
@@ -204,7 +220,7 @@ def _save_grid(job: _Job, out: Path, pictures: np.ndarray) -> None:
 
 
 def _bar(job: _Job, cfg_scale: float, world: World, initial: int = 0) -> tqdm:
-    name = f"{job.run.config.model}, step {job.run.step:,}"
+    name = f"{job.run.name}, step {job.run.step:,}" if job.run.step else job.run.name
     if len(job.config.cfg_scale) > 1:
         name += f", cfg {cfg_scale:g}"
     # Not before it is known that arguments and files are good.
@@ -233,7 +249,8 @@ def _fingerprint(*modules: nn.Module) -> int:
 
 def _outs(config: SampleConfig) -> list[Path]:
     """One file per guidance scale: samples.npz, or samples-cfg1.npz, samples-cfg1.35.npz."""
-    out = config.out or config.run / "samples.png"
+    folder = config.run.parent if config.run.is_file() else config.run
+    out = config.out or folder / "samples.png"
     if len(config.cfg_scale) == 1:
         return [out]
     return [out.with_name(f"{out.stem}-cfg{scale:g}{out.suffix}") for scale in config.cfg_scale]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from erdfast import cli, presets
+from erdfast import cli, presets, recipes
 from erdfast.config import TrainConfig
 from erdfast.models.flops import training_memory
 from erdfast.training.parallel import World, open_world
@@ -51,7 +51,7 @@ def _train(config: TrainConfig, world: World) -> Path | None:
     if config.wandb is not None:
         import_wandb()
     if config.resume is None:
-        say(f"recipe {config.recipe}: {_summary(config)}")
+        say(describe_recipe(config))
     dataset = open_data(config)
     say(describe_network(config, dataset))
     say(f"data: {dataset.describe()}")
@@ -95,7 +95,9 @@ def resolve(config: TrainConfig, device: torch.device, say=print) -> TrainConfig
         ValueError: an unknown model, or a precision that the device does not have.
     """
     shape = "x".join(map(str, presets.model_config(config.model).input_shape))
-    precision = resolve_precision(config.precision, device).name
+    precision = config.precision
+    if precision == "auto" or not config.dry_run:  # what is only computed may be for a machine that is not here
+        precision = resolve_precision(precision, device).name
     if config.data is None:
         say(f"no --data: training on the embedded Gaussian mixture, {shape}")
     data = "mixture" if config.data is None else config.data
@@ -113,7 +115,7 @@ def dry_run(config: TrainConfig) -> str:
     return "\n".join(
         [
             describe_network(config),
-            f"recipe {config.recipe}: {_summary(config)}",
+            describe_recipe(config),
             f"memory for {micro} images at a time in {config.precision}: {memory.total / 2**30:.2f} GiB ({parts})",
             f"checkpoint: {(memory.parameters + memory.optimizer + memory.ema) / 2**30:.2f} GiB each, "
             f"{config.keep_last} kept",
@@ -131,9 +133,21 @@ def predict_run(config: TrainConfig) -> str:
 
     # All GPUs of the table have bf16, whatever this machine has.
     config = dataclasses.replace(config, precision="bf16" if config.precision == "auto" else config.precision)
-    return "\n".join(
-        [describe_network(config), f"recipe {config.recipe}: {_summary(config)}", render(config, choose(config))]
-    )
+    return "\n".join([describe_network(config), describe_recipe(config), render(config, choose(config))])
+
+
+def describe_recipe(config: TrainConfig) -> str:
+    """What runs, what the recipe set, what the command line changed of it, and the result that was published."""
+    assert config.recipe is not None
+    set_by_it, values = recipes.recipe(config.recipe), cli.flat_options(config)
+    kept = [cli.as_flag(name, value) for name, value in set_by_it.items() if values[name] == value]
+    changed = [cli.as_flag(name, values[name]) for name, value in set_by_it.items() if values[name] != value]
+    lines = [f"recipe {config.recipe}: {_summary(config)}", f"recipe set: {' '.join(kept)}"]
+    if changed:
+        lines.append(f"changed by the command line: {' '.join(changed)}")
+    if origin := recipes.origin(config.recipe):
+        lines.append(f"published: {origin}")
+    return "\n".join(lines)
 
 
 def _summary(config: TrainConfig) -> str:

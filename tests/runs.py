@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from erdfast import cli, presets
+from erdfast import cli, recipes
 from erdfast.config import TrainConfig
 from erdfast.data import Dataset
 from erdfast.training.checkpoint_files import STATE, newest_checkpoint, read_model
@@ -51,7 +51,7 @@ def single_thread() -> Iterator[None]:
 def tiny_config(**options) -> TrainConfig:
     """The same as options; any may be replaced by name."""
     own = {"data": "mixture:4x8x8", "batch_size": 8, "precision": "fp32", "sample_every": 0, "tensorboard": False}
-    recipe = presets.recipe("tiny_dit" if options.get("model") == "dit_tiny" else "tiny_uvit")
+    recipe = recipes.recipe("tiny_dit" if options.get("model") == "dit_tiny" else "tiny_uvit")
     return cli.with_options(TrainConfig(), recipe | own | options)
 
 

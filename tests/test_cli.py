@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from erdfast import cli, presets, train
+from erdfast import cli, presets, recipes, train
 from erdfast.cli import parse, parse_train
 from erdfast.config import EvaluateConfig, SampleConfig, TrainConfig
 from erdfast.training.run_directory import create_run_directory, load_run_config
@@ -28,7 +28,7 @@ COUNTS = {
 def test_without_options_the_digits():
     options = parse_train([])
     assert (options.model, options.data, options.recipe) == ("uvit_digits", "digits", "digits")
-    assert options.steps == presets.recipe("digits")["steps"]
+    assert options.steps == recipes.recipe("digits")["steps"]
     assert options.process.stratified
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from erdfast import cli, config, presets
+from erdfast import cli, config, recipes
 from erdfast.config import (
     EmaConfig,
     EmaReconstruction,
@@ -85,9 +85,9 @@ def test_names_are_unique_over_all_groups():
     assert len(names) == len(set(names))  # flags carry no prefix
 
 
-@pytest.mark.parametrize("name", presets.RECIPES)
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_json_round_trip(name):
-    options = cli.with_options(TrainConfig(), presets.recipe(name))
+    options = cli.with_options(TrainConfig(), recipes.recipe(name))
     options = dataclasses.replace(options, recipe=name, out=Path("runs/a b"), data="x.npz", seed=2**63 - 1)
     text = options.to_json()
     assert TrainConfig.from_json(text, "config.json") == options

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         *("erdfast.atomic", "erdfast.tensor_files", "erdfast.typed_json"),
     },
     "erdfast.presets": {"torch", "erdfast.models"},
+    "erdfast.recipes": {"erdfast.presets"},
     "erdfast.data": {
         *("torch", "numpy", "sklearn", "h5py", "PIL", "diffusers"),
         *("erdfast.philox", "erdfast.atomic", "erdfast.tensor_files", "erdfast.job_file", "erdfast.typed_json"),

@@ -20,7 +20,7 @@ from erdfast.models.dit import DiT, DiTConfig
 from erdfast.models.flops import forward_flops, parameter_count, training_flops, training_memory_bytes
 from erdfast.models.jit import JiT, JiTConfig
 from erdfast.models.lightningdit import LightningDiT, LightningDiTConfig
-from erdfast.models.published import load_published
+from erdfast.models.published import Published, load_published, load_weights
 from erdfast.models.uvit import UViT, UViTConfig
 
 BACKBONES: dict[str, type[BackboneConfig]] = {"dit": DiTConfig, "uvit": UViTConfig}
@@ -62,6 +62,7 @@ __all__ = [
     "JiTConfig",
     "LightningDiT",
     "LightningDiTConfig",
+    "Published",
     "TransformerConfig",
     "UViT",
     "UViTConfig",
@@ -69,6 +70,7 @@ __all__ = [
     "forward_flops",
     "from_diffusers",
     "load_published",
+    "load_weights",
     "parameter_count",
     "save_diffusers",
     "to_diffusers",

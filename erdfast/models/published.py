@@ -6,22 +6,122 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-WRAPPERS = ("ema", "state_dict", "model", "module")
+from .backbone import Backbone, BackboneConfig
+from .dit import DiT
+from .layers import TimeFeatures
+from .recognise import recognise
+
+WRAPPERS = ("ema", "model_ema1", "model_ema", "ema_model", "state_dict", "model", "module")
 """Keys under which training scripts put the weights, the best first: its authors evaluated the average."""
 
-PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the names."""
+AVERAGES = ("ema", "model_ema1", "model_ema", "ema_model")
+"""Those of them that are averages."""
+
+PREFIXES = ("module.", "_orig_mod.", "net.")
+"""What DistributedDataParallel, torch.compile and JiT's wrapper put before the names."""
+
+COMPUTED = ("freqs_cos", "freqs_sin")
+"""How the names of tables end that published checkpoints hold and our networks compute."""
 
 _SHOWN = 5
 
 
-def load_published(model: nn.Module, source: str | Path | Mapping[str, Any]) -> None:
-    """Copy published weights into `model`, in place; the model keeps its dtypes and devices.
+class Convention(NamedTuple):
+    """How a family of published checkpoints differs from what this package trains."""
+
+    time_is_data: bool = False
+    """The time that its network embeds is 1 for data, where our network of that kind embeds 1 for noise."""
+    velocity_to_data: bool = False
+    """It predicts data minus noise, the negative of our target u."""
+    process: Mapping[str, Any] = {}
+    """Options of `Process` under which it was trained; empty where it is none of ours, or not always the same."""
+
+
+_FLOW = {"schedule": "flow", "target": "u", "weighting": "constant"}
+CONVENTIONS: dict[str, Convention] = {
+    "dit": Convention(process={"schedule": "ddpm_linear", "target": "eps", "weighting": "constant"}),
+    "sit": Convention(time_is_data=True, velocity_to_data=True, process=_FLOW),
+    "lightningdit": Convention(velocity_to_data=True, process=_FLOW),  # the network itself turns the time round
+    "jit": Convention(process=_FLOW | {"target": "x0"}),
+    "uvit": Convention(),
+    "adm_unet": Convention(),
+}
+"""By family. A SiT has a DiT's names, so that nothing but the caller can tell them apart."""
+
+NETWORKS = {"sit": "dit"}
+"""The backbone of a family that is not called like it."""
+
+
+class Published(NamedTuple):
+    """What `load_published` made."""
+
+    model: Backbone
+    """In evaluation mode, on the CPU, in float32."""
+    family: str
+    """A name of CONVENTIONS."""
+    process: dict[str, Any]
+    """Options of `Process` under which the family was trained, JiT's noise scale included; empty where not known."""
+    found: tuple[str, ...]
+    """What the file holds and what was done to it, a phrase each."""
+
+
+def load_published(
+    source: str | Path | Mapping[str, Any],
+    *,
+    family: str | None = None,
+    config: BackboneConfig | None = None,
+    ours: bool = False,
+    **fields: Any,
+) -> Published:
+    """The network of a published checkpoint: its kind and sizes are read from the names and shapes of its tensors.
+
+    Wrappers (an average before the last weights), prefixes and computed tables are taken off. What the family counts
+    the other way round is folded into the weights, exactly up to float32 rounding: a SiT's time into its first Linear,
+    by the addition theorems for the features; the sign of SiT's and LightningDiT's velocity into the last one. The
+    network then takes our time and predicts our targets like any that was trained here.
+
+    Args:
+        source: a file or its content, as for `load_weights`.
+        family: a name of CONVENTIONS. By default what the names say; a SiT must be named.
+        config: of the network, where shapes do not tell it: an ADM UNet's.
+        ours: the checkpoint was trained by this package, so that nothing is turned round.
+        fields: fields of the configuration that are known better than shapes tell them (`num_heads`, `attention`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown family, no weights, or names and shapes of no backbone; the message says which.
+    """
+    if family is not None and family not in CONVENTIONS:
+        raise ValueError(f"unknown family {family!r}; choose from {', '.join(CONVENTIONS)}")
+    where = _name(source)
+    weights, found = unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
+    if config is None:
+        config = recognise(weights, where, **fields)
+    elif fields:
+        raise ValueError(f"config is given, so that {', '.join(fields)} cannot be: use dataclasses.replace")
+    kind = config.backbone
+    if family is not None and NETWORKS.get(family, family) != kind:
+        raise ValueError(f"{where} is a {kind}, not a {family}")
+    family = family or kind
+    model = config.build()
+    found += _fit(model, weights, where)
+    model.load_state_dict(weights)
+    if not ours:
+        found += _turn_round(model, CONVENTIONS[family])
+    found.append(_describe(config))
+    process = {} if ours else dict(CONVENTIONS[family].process)
+    if family == "jit" and not ours:
+        process["noise_scale"] = config.input_shape[1] / 256
+    return Published(model.eval(), family, process, tuple(found))
+
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> list[str]:
+    """Copy published weights into `model`, in place and as they are; the model keeps its dtypes and devices.
 
     Args:
         model: an unsharded network.
@@ -29,45 +129,111 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Any]) -> 
             what such a file holds: a dict of tensors, or a dict that holds one under a name of WRAPPERS. Prefixes
             of PREFIXES are removed.
 
+    Returns:
+        What was found, a phrase each.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, no weights in it, or weights of another network: the message lists
             the names that are missing, unexpected or of another shape, and the model is unchanged.
     """
-    where = "the given weights" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else _read(Path(source))
-    weights = published_weights(content, where)
+    where = _name(source)
+    weights, found = unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
+    found += _fit(model, weights, where)
+    model.load_state_dict(weights)
+    return found
+
+
+def unwrap(content: Mapping[str, Any], where: str = "the given weights") -> tuple[dict[str, Tensor], list[str]]:
+    """The dict of tensors inside `content`, without wrappers, prefixes and computed tables; and what was taken off.
+
+    Raises:
+        ValueError: there are no tensors.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            weights, found = unwrap(content[wrapper], where)
+            return weights, [f"{'averaged weights' if wrapper in AVERAGES else 'weights'} under {wrapper!r}", *found]
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{where} holds neither tensors nor one of {', '.join(WRAPPERS)}, but {_some(content)}")
+    plain = {name: _plain(name) for name in tensors}
+    found = [f"prefix {p!r} removed" for p in dict.fromkeys(n.removesuffix(plain[n]) for n in tensors) if p]
+    computed = [name for name in tensors if name.endswith(COMPUTED)]
+    if computed:
+        found.append(f"{len(computed)} rotary tables left out, they are computed")
+    return {plain[name]: value for name, value in tensors.items() if name not in computed}, found
+
+
+def _name(source: str | Path | Mapping[str, Any]) -> str:
+    return "the given weights" if isinstance(source, Mapping) else str(source)
+
+
+def _fit(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> list[str]:
+    """ValueError unless names and shapes agree; a phrase if the dtypes do not."""
     problems = _differences(weights, model.state_dict())
     if problems:
         raise ValueError(f"{where} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(weights)
+    other = {str(value.dtype) for name, value in model.state_dict().items() if weights[name].dtype != value.dtype}
+    return ["converted from another precision"] if other else []
 
 
-def published_weights(content: Mapping[str, Any], where: str = "the given weights") -> dict[str, Tensor]:
-    """The dict of tensors inside `content`, unwrapped and without prefixes; ValueError if there is none."""
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            return published_weights(content[wrapper], where)
-    weights = {_plain(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise ValueError(f"{where} holds neither tensors nor one of {', '.join(WRAPPERS)}, but {_some(content)}")
-    return weights
+def _describe(config: BackboneConfig) -> str:
+    """ "dit: depth 28, width 1152, ..., learn_sigma True", without what is the same in every network."""
+    values = {name: value for name, value in config.describe().items() if name not in ("backbone", "attention")}
+    described = f"{config.backbone}: " + ", ".join(f"{name} {value}" for name, value in values.items())
+    if values.get("learn_sigma"):
+        described += " (the first half of the output's channels is the prediction, the learned variance is not used)"
+    return described
+
+
+@torch.no_grad()
+def _turn_round(model: Backbone, convention: Convention) -> list[str]:
+    """Fold a family's opposite conventions into the weights, in place; what was done, a phrase each."""
+    done = []
+    if convention.time_is_data:
+        assert isinstance(model, DiT)
+        _reverse_time(model.t_embedder.mlp[0], model.t_embedder.features)
+        done.append("time 1 was data: folded into the first Linear of the time's embedding")
+    if convention.velocity_to_data:
+        last = model.get_submodule("final_layer.linear")
+        for parameter in last.parameters():
+            parameter.neg_()
+        done.append("it predicted data minus noise: the last Linear's sign is changed")
+    return done
+
+
+def _reverse_time(linear: nn.Module, features: TimeFeatures) -> None:
+    """Make `linear(features(t))` what it was for 1 - t: cos(w - wt) and sin(w - wt) by the addition theorems.
+
+    With the features [cos(wt), sin(wt)] and the weights [A, B], the new ones are
+    [A cos(w) + B sin(w), A sin(w) - B cos(w)].
+    """
+    assert isinstance(linear, nn.Linear)
+    half = features.features // 2
+    weight, w = linear.weight.double(), features.frequencies.double()
+    A, B = weight[:, :half], weight[:, half:]
+    linear.weight.copy_(torch.cat([A * w.cos() + B * w.sin(), A * w.sin() - B * w.cos()], dim=1))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     if path.suffix not in (".pt", ".pth", ".ckpt"):
         raise ValueError(f"{path} is neither .safetensors nor .pt, .pth or .ckpt")
     # DiT's training script stores its command line, a plain namespace, beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise ValueError(f"{path} is damaged or holds more than plain data: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import roofline
+from bench.budget import linear
 from bench.roofline import MACHINES, step_budget, totals, with_measurements
 from erdfast import presets
 from erdfast.models.flops import parameter_count, training_flops
@@ -24,11 +25,17 @@ def test_options_of_a_network_are_counted() -> None:
     for options in ({"mlp_time_embed": True}, {"conv": False}, {"num_classes": 0}, {"mlp_ratio": 3.0}):
         config = presets.model_config("uvit_tiny", **options)
         assert sum(work.flops for work in step_budget(config, 3)) == 3 * training_flops(config)
+    for options in ({"context_length": 0}, {"num_classes": 0}, {"mlp_ratio": 3.0}, {"dropout": 0.5}):
+        config = presets.model_config("jit_tiny", **options)
+        assert sum(work.flops for work in step_budget(config, 3)) == 3 * training_flops(config)
+    for options in ({"resblock_updown": False}, {"use_scale_shift_norm": False}, {"num_classes": 0}, {"dropout": 0.5}):
+        config = presets.model_config("adm_unet_tiny", **options)
+        assert sum(work.flops for work in step_budget(config, 3)) == 3 * training_flops(config)
     config = presets.model_config("dit_tiny", learn_sigma=True)
     assert sum(work.flops for work in step_budget(config, 3)) == 3 * training_flops(config)
 
 
-@pytest.mark.parametrize("model", ["uvit_h2", "dit_xl2"])
+@pytest.mark.parametrize("model", ["uvit_h2", "dit_xl2", "lightningdit_xl1", "jit_b16", "adm_unet_imagenet64"])
 def test_fusions_save_traffic_and_the_optimiser_moves_36_bytes(model: str) -> None:
     config = presets.model_config(model)
     budget = step_budget(config, 128)
@@ -37,11 +44,11 @@ def test_fusions_save_traffic_and_the_optimiser_moves_36_bytes(model: str) -> No
     assert update.fused_bytes == 36 * parameter_count(config)
     flops, fused, eager = totals(budget, MACHINES["h200"])
     compute = 1e3 * flops / MACHINES["h200"].flops_per_s
-    assert compute < fused < eager < 2.5 * compute
+    assert compute < fused < eager < 3 * compute
 
 
 def test_every_norm_of_a_network_is_there() -> None:
-    for model, depth in (("uvit_h2", 29), ("dit_b2", 12)):
+    for model, depth in (("uvit_h2", 29), ("dit_b2", 12), ("lightningdit_b1", 12), ("jit_l16", 24)):
         budget = step_budget(presets.model_config(model), 2)
         norms = [work.count for work in budget if work.detail.endswith("norm")]
         residuals = [work.count for work in budget if work.op == "residual" or "residual" in work.detail]
@@ -50,7 +57,7 @@ def test_every_norm_of_a_network_is_there() -> None:
 
 def test_floor_is_the_longer_of_compute_and_memory() -> None:
     machine = roofline.Machine(name="m", flops_per_s=1e12, bytes_per_s=1e9, source="a test")
-    work = roofline.linear("fc", 1, 1000, 100, 100)
+    work = linear("fc", 1, 1000, 100, 100)
     assert (work.flops, work.fused_bytes) == (6 * 10**7, 3 * 2 * 210_000)
     assert work.floor_ms(machine) == pytest.approx(1.26)
     assert work.bound(machine) == "memory"

@@ -6,13 +6,20 @@ import json
 import pytest
 import torch
 
-from erdfast.models import DiTConfig, TransformerConfig, UViTConfig, config_from_dict
+from erdfast.models import DiTConfig, JiTConfig, LightningDiTConfig, TransformerConfig, UViTConfig, config_from_dict
 from erdfast.models.dit import DiTBlock
 from erdfast.models.layers import TimeFeatures, patchify, sincos_table, unpatchify
+from erdfast.models.rope_layers import RopeBlock
 from erdfast.models.uvit import UViTBlock
 from erdfast.presets import MODELS, build_model
 
-TINY = ["dit_tiny", "uvit_tiny"]
+ADALN = ["dit_tiny", "lightningdit_tiny", "jit_tiny"]
+TINY = [*ADALN, "uvit_tiny"]
+ALL = [*TINY, "adm_unet_tiny"]
+COMPILED = ["dit_tiny", "jit_tiny", "uvit_tiny"]
+"""LightningDiT's blocks are JiT's."""
+ONE_BLOCK = {"jit_tiny": {"context_start": 0}}
+"""What else must change for a depth of one."""
 
 
 def inputs_for(model, batch=3, seed=0):
@@ -37,7 +44,7 @@ def randomised(model, seed=0):
     return model
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_gradients_reach_every_trainable_parameter(name):
     model = randomised(build_model(name))
     model(*inputs_for(model)).square().mean().backward()
@@ -50,13 +57,14 @@ def test_gradients_reach_every_trainable_parameter(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_match_finite_differences(name):
-    model = randomised(build_model(name, depth=1, width=8, input_shape=(1, 4, 4))).double()
+    model = build_model(name, depth=1, width=8, input_shape=(1, 4, 4), **ONE_BLOCK.get(name, {}))
+    model = randomised(model).double()
     x, time, y = inputs_for(model, batch=2)
     x = x.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: model(x, time, y), (x,))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_samples_of_a_batch_do_not_mix(name):
     model = randomised(build_model(name)).eval()
     x, time, y = inputs_for(model)
@@ -68,7 +76,7 @@ def test_samples_of_a_batch_do_not_mix(name):
     assert (after[0] - before[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_time_and_label_matter(name):
     model = randomised(build_model(name)).eval()
@@ -81,7 +89,7 @@ def test_time_and_label_matter(name):
     assert (model(x, time, null) - model(x, time, null - 1)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_unconditional_networks_see_the_time(name):
     model = randomised(build_model(name, num_classes=0)).eval()
@@ -99,18 +107,20 @@ def test_rectangular_inputs_and_other_patches(name):
     assert model.config.grid == (2, 3)
 
 
-def test_dit_starts_at_zero_with_identity_blocks():
-    model = build_model("dit_tiny")
+@pytest.mark.parametrize("name", ADALN)
+def test_a_dit_starts_at_zero_with_identity_blocks(name):
+    model = build_model(name)
     assert model(*inputs_for(model)).abs().max() == 0
     block = model.blocks_for_sharding()[0]
     tokens, condition = torch.randn(2, 16, 64), torch.randn(2, 64)
-    assert torch.equal(block(tokens, condition), tokens)
+    rope = () if name == "dit_tiny" else (model.get_submodule("feat_rope")(),)
+    assert torch.equal(block(tokens, condition, *rope), tokens)
 
 
-@pytest.mark.parametrize("name", ["dit_tiny", "uvit_tiny"])
+@pytest.mark.parametrize("name", TINY)
 def test_initial_scales_are_the_published_ones(name):
     torch.manual_seed(0)
-    model = build_model(name, width=128, num_heads=4)
+    model = build_model(name, width=128, num_heads=4, depth=3)
     state = model.state_dict()
     xavier = (6 / (128 + 512)) ** 0.5 / 3**0.5
     expected = {
@@ -123,6 +133,24 @@ def test_initial_scales_are_the_published_ones(name):
             "blocks.1.adaLN_modulation.1.weight": 0.0,
             "final_layer.linear.weight": 0.0,
         },
+        "lightningdit_tiny": {
+            "blocks.0.mlp.w12.weight": (6 / (128 + 2 * 341)) ** 0.5 / 3**0.5,
+            "blocks.0.mlp.w3.weight": (6 / (128 + 341)) ** 0.5 / 3**0.5,
+            "blocks.2.norm1.weight": 1.0,
+            "final_layer.norm_final.weight": 1.0,
+            "t_embedder.mlp.0.weight": 0.02,
+            "x_embedder.proj.weight": (6 / (128 + 16)) ** 0.5 / 3**0.5,
+            "final_layer.adaLN_modulation.1.weight": 0.0,
+        },
+        "jit_tiny": {
+            "blocks.0.attn.q_norm.weight": 1.0,
+            "in_context_posemb": 0.02,
+            "x_embedder.proj1.weight": (6 / (8 + 16)) ** 0.5 / 3**0.5,
+            "x_embedder.proj2.weight": (6 / (128 + 8)) ** 0.5 / 3**0.5,
+            "x_embedder.proj2.bias": 0.0,
+            "y_embedder.embedding_table.weight": 0.02,
+            "final_layer.linear.weight": 0.0,
+        },
         "uvit_tiny": {
             "in_blocks.0.mlp.fc1.weight": 0.02,
             "out_blocks.0.skip_linear.weight": 0.02,
@@ -133,12 +161,13 @@ def test_initial_scales_are_the_published_ones(name):
     }[name]
     for key, scale in expected.items():
         assert state[key].square().mean().sqrt() == pytest.approx(scale, rel=0.1), key
-    linear_biases = [value for key, value in state.items() if key.endswith(("fc1.bias", "fc2.bias", "attn.proj.bias"))]
+    ends = ("fc1.bias", "fc2.bias", "w12.bias", "w3.bias", "attn.proj.bias")
+    linear_biases = [value for key, value in state.items() if key.endswith(ends)]
     assert len(linear_biases) == 9
     assert all(bias.abs().max() == 0 for bias in linear_biases)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_meta_device_then_init_weights(name):
     with torch.device("meta"):
         model = build_model(name)
@@ -170,7 +199,7 @@ def test_compiles_without_graph_breaks(name):
         assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_compiles_under_autocast(name):
     model = randomised(build_model(name))
     inputs = inputs_for(model, batch=2)
@@ -183,18 +212,22 @@ def test_compiles_under_autocast(name):
 
 def test_blocks_for_sharding_are_all_blocks_in_order():
     dit, uvit = build_model("dit_tiny"), build_model("uvit_tiny", depth=5)
+    for name in ("lightningdit_tiny", "jit_tiny"):
+        model = build_model(name)
+        assert model.blocks_for_sharding() == [module for module in model.modules() if isinstance(module, RopeBlock)]
     assert dit.blocks_for_sharding() == [module for module in dit.modules() if isinstance(module, DiTBlock)]
     assert uvit.blocks_for_sharding() == [module for module in uvit.modules() if isinstance(module, UViTBlock)]
     assert len(uvit.blocks_for_sharding()) == 5
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_wrong_inputs_are_refused(name):
     model = build_model(name)
     x, time, y = inputs_for(model)
+    C, H, W = model.input_shape
     wrong = {
-        r"x must be \(B, 4, 8, 8\), not \(3, 4, 8, 6\)": (x[..., :6], time, y),
-        r"x must be \(B, 4, 8, 8\), not \(4, 8, 8\)": (x[0], time, y),
+        rf"x must be \(B, {C}, {H}, {W}\), not \(3, {C}, {H}, 6\)": (x[..., :6], time, y),
+        rf"x must be \(B, {C}, {H}, {W}\), not \({C}, {H}, {W}\)": (x[0], time, y),
         "x must be floating point": (x.long(), time, y),
         r"time must be \(3,\)": (x, time[:2], y),
         "time must be float32, not torch.bfloat16": (x, time.bfloat16(), y),
@@ -239,6 +272,25 @@ def test_limits_of_one_backbone():
         UViTConfig(width=63, depth=3, num_heads=3)
     with pytest.raises(ValueError, match="multiple of 4"):
         DiTConfig(width=66, depth=4, num_heads=2)
+    with pytest.raises(ValueError, match="width 66 is not a multiple of 4"):
+        LightningDiTConfig(width=66, depth=4, num_heads=2)
+    with pytest.raises(ValueError, match="width 24 over num_heads 4 is 6, not a multiple of 4"):
+        LightningDiTConfig(width=24, depth=4, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bottleneck": 0}, "bottleneck must be at least 1"),
+        ({"context_length": -1}, "context_length must be at least 0"),
+        ({"context_start": 4}, "context_start must be a block, 0 to 3, not 4"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"dropout": 0.1, "depth": 3}, "needs a depth of 4 to 128, not 3"),
+    ],
+)
+def test_limits_of_a_jit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        JiTConfig(**({"width": 64, "depth": 4, "num_heads": 2, "context_start": 1} | changes))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -249,7 +301,7 @@ def test_configurations_survive_json(name):
 
 def test_bad_descriptions_are_refused():
     good = MODELS["dit_tiny"].describe()
-    with pytest.raises(ValueError, match="unknown backbone 'vit'; choose from dit, uvit"):
+    with pytest.raises(ValueError, match="unknown backbone 'vit'; choose from dit, uvit, "):
         config_from_dict({**good, "backbone": "vit"})
     with pytest.raises(ValueError, match=r"unknown \['wdth'\]"):
         config_from_dict({**good, "wdth": 3})

@@ -12,12 +12,21 @@ from erdfast.presets import build_model
 from tests.models.test_backbones import inputs_for, randomised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ["dit_tiny", "uvit_tiny"]
+NAMES = ["dit_tiny", "uvit_tiny", "lightningdit_tiny", "jit_tiny"]
+WATCHED = [*NAMES, "adm_unet_tiny"]
+"""Of these the last has no kernels, but calls some of its convolutions as products."""
+_UNET = {"model_channels": 96, "channel_mult": (1,), "attention_resolutions": (1,), "num_head_channels": 48}
+SMALL: dict[str, dict[str, Any]] = {"adm_unet_tiny": _UNET}
+"""What makes a network small whose sizes have other names."""
+COMPILED = ["dit_tiny", "uvit_tiny", "jit_tiny"]
+"""LightningDiT's blocks are JiT's."""
+NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def small(name):
     """A network whose widths are no powers of two, and a batch for it."""
-    model = randomised(build_model(name, depth=3, width=24, num_heads=2, input_shape=(1, 4, 4)))
+    sizes = SMALL.get(name, {"depth": 3, "width": 24, "num_heads": 2})
+    model = randomised(build_model(name, input_shape=(1, 4, 4), **sizes))
     batch = inputs_for(model, batch=2)
     return model.to(DEVICE), tuple(tensor.to(DEVICE) for tensor in batch)
 
@@ -40,7 +49,7 @@ def on_kernels(monkeypatch):
     """A function: from then on, whatever has Triton kernels runs on them, also on a CPU (interpreted)."""
 
     def switch(kind):
-        monkeypatch.setitem(backend._FASTEST, DEVICE, kind)
+        monkeypatch.setattr(backend, "_default", kind)
 
     return switch
 
@@ -55,7 +64,7 @@ def test_kernels_agree_with_references(name, autocast, on_kernels) -> None:
     assert_close(run(model, batch, autocast), expected, 0.1 if autocast else 1e-3 if DEVICE == "cuda" else 2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_kernels_compile_whole(name, on_kernels) -> None:
     model, batch = small(name)
     on_kernels("triton")
@@ -75,7 +84,7 @@ class Spelled(nn.Linear):
         return super().forward(input)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WATCHED)
 @torch.no_grad()
 def test_linears_of_another_kind_are_called(name) -> None:
     model, batch = small(name)
@@ -88,14 +97,17 @@ def test_linears_of_another_kind_are_called(name) -> None:
     assert Spelled.calls == len(linears)
 
 
-class SpelledNorm(nn.LayerNorm):
-    """A norm of another kind."""
+def spelled(norm: Any) -> type[nn.Module]:
+    """Norms of another kind."""
 
-    calls = 0
+    class SpelledNorm(norm):
+        calls = 0
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        SpelledNorm.calls += 1
-        return 2 * super().forward(input)
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            SpelledNorm.calls += 1
+            return 2 * super().forward(input)
+
+    return SpelledNorm
 
 
 def probed(model) -> list[str]:
@@ -105,7 +117,7 @@ def probed(model) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")  # the network's input needs no gradient
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "backward hook", "own forward"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WATCHED)
 def test_whatever_watches_a_module_is_called(name, way) -> None:
     """Every Linear, norm and convolution that an op stands in for."""
     model, batch = small(name)
@@ -125,28 +137,31 @@ def test_whatever_watches_a_module_is_called(name, way) -> None:
     assert sorted(fired) == sorted(names)
 
 
+@pytest.mark.parametrize("name", ["uvit_tiny", "lightningdit_tiny", "jit_tiny"])
 @torch.no_grad()
-def test_norms_of_another_kind_are_respected() -> None:
-    model, batch = small("uvit_tiny")
+def test_norms_of_another_kind_are_respected(name) -> None:
+    model, batch = small(name)
     before = model(*batch)
-    norms = [m for m in model.modules() if type(m) is nn.LayerNorm]
+    norms = [m for m in model.modules() if type(m) in NORMS]
+    usual = type(norms[0])
+    other: Any = spelled(usual)
     for norm in norms:
-        norm.__class__ = SpelledNorm
-    SpelledNorm.calls = 0
+        norm.__class__ = other
     after = model(*batch)
-    assert SpelledNorm.calls == len(norms)
+    assert other.calls == len(norms)
     for norm in norms:  # twice a norm is a norm with twice the weight and bias
-        norm.__class__ = nn.LayerNorm
-        norm.weight.mul_(2)
-        norm.bias.mul_(2)
+        norm.__class__ = usual
+        for parameter in norm.parameters():
+            parameter.mul_(2)
     torch.testing.assert_close(after, model(*batch), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(after, before, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WATCHED)
 def test_pruned_networks_train(name) -> None:
     model, batch = small(name)
-    ends = (".mlp.fc1", ".skip_linear", ".norm2", "embed.proj", "embedder.proj")
+    ends = (".mlp.fc1", ".mlp.w12", ".skip_linear", ".norm2", ".q_norm", "embed.proj", "embedder.proj")
+    ends += ("embedder.proj1", "embedder.proj2", ".1.qkv", ".proj_out", ".in_layers.0", ".in_layers.2")
     pruned: list[Any] = [module for key, module in model.named_modules() if key.endswith(ends)]
     for module in pruned:
         prune.random_unstructured(module, "weight", 0.5)
@@ -162,11 +177,11 @@ def test_pruned_networks_train(name) -> None:
         assert bool((module.weight_orig[kept] != old[kept]).any())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_watched_modules_compile_whole(name) -> None:
     model, batch = small(name)
     expected = run(model, batch)
-    fc1 = next(module for key, module in model.named_modules() if key.endswith(".mlp.fc1"))
+    fc1 = next(module for key, module in model.named_modules() if key.endswith((".mlp.fc1", ".mlp.w12")))
     fc1.register_forward_hook(lambda module, args, output: 2 * output)
     watched = run(model, batch)
     assert not torch.allclose(watched[0], expected[0], rtol=1e-3)

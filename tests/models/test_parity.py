@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from erdfast.models import DiTConfig, UViTConfig, load_published
+from erdfast.models import (
+    ADMUNetConfig,
+    DiTConfig,
+    JiTConfig,
+    LightningDiTConfig,
+    TransformerConfig,
+    UViTConfig,
+    load_weights,
+)
 from erdfast.models.layers import sincos_table
 from tests.parity import load_parity, parity_spec, parity_state_dict
 
@@ -13,6 +21,8 @@ from tests.parity import load_parity, parity_spec, parity_state_dict
 def our_config(published):
     """Our configuration for one in the argument names of the published code."""
     side = published.get("image_size", published.get("input_size"))
+    if "model_channels" in published:
+        return unet_config(published)
     common = {
         "input_shape": (published["in_channels"], side, side),
         "patch_size": published["patch_size"],
@@ -21,7 +31,18 @@ def our_config(published):
         "num_classes": max(0, published["num_classes"]),  # U-ViT writes -1 for unconditional
     }
     if "hidden_size" in published:
-        return DiTConfig(width=published["hidden_size"], learn_sigma=published["learn_sigma"], **common)
+        common["width"] = published["hidden_size"]
+    if "bottleneck_dim" in published:
+        return JiTConfig(
+            bottleneck=published["bottleneck_dim"],
+            context_length=published["in_context_len"],
+            context_start=published["in_context_start"],
+            **common,
+        )
+    if "use_swiglu" in published:
+        return LightningDiTConfig(qk_norm=published["use_qknorm"], **common)
+    if "learn_sigma" in published:
+        return DiTConfig(learn_sigma=published["learn_sigma"], **common)
     return UViTConfig(
         width=published["embed_dim"],
         conv=published["conv"],
@@ -30,19 +51,34 @@ def our_config(published):
     )
 
 
+def unet_config(published):
+    """Of an ADM UNet; its arguments that are ours by the same name need no table."""
+    renamed = {"image_size", "in_channels", "out_channels", "use_new_attention_order"}
+    return ADMUNetConfig(
+        input_shape=(published["in_channels"], published["image_size"], published["image_size"]),
+        learn_sigma=published["out_channels"] == 2 * published["in_channels"],
+        new_attention_order=published["use_new_attention_order"],
+        null_class=False,
+        **{name: value for name, value in published.items() if name not in renamed},
+    )
+
+
 def load_case(name, **overrides):
     arrays = load_parity(name)
     spec = parity_spec(arrays)
     config = dataclasses.replace(our_config(spec["config"]), **overrides)
     model, state = config.build().eval(), parity_state_dict(spec)
-    if isinstance(config, DiTConfig):
+    if isinstance(config, TransformerConfig) and "pos_embed" not in state:
         state["pos_embed"] = sincos_table(config.grid, config.width)
-    load_published(model, state)
+    load_weights(model, state)
     x, time, y = (torch.from_numpy(arrays[key]) for key in ("x", "t", "y"))
+    if isinstance(config, LightningDiTConfig | JiTConfig):
+        time = 1 - time  # theirs is 1 for data
     return model, spec, (x, time, y if config.num_classes else None), torch.from_numpy(arrays["output"])
 
 
 CASES = ["dit", "dit_learnsigma", "uvit_conv", "uvit_noconv", "uvit_uncond_mlptime"]
+CASES += ["lightningdit", "lightningdit_qknorm", "jit", "adm_unet"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,7 +106,7 @@ def test_a_batch_of_one_gives_the_same(name):
         assert (one - expected[i : i + 1]).abs().max() < 2e-5 * expected.std()
 
 
-@pytest.mark.parametrize("name", ["dit", "uvit_conv"])
+@pytest.mark.parametrize("name", ["dit", "uvit_conv", "jit", "adm_unet"])
 @torch.no_grad()
 def test_other_attention_backends_agree(name):
     for backend in ("reference", "math", "flash"):
@@ -87,12 +123,13 @@ def test_bf16_is_close_under_autocast_and_as_weights(name):
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
     model.bfloat16()
     assert (model(*inputs) - expected).abs().max() < 0.1 * expected.std()
-    # A cast of the model must not round the frequencies of the time features.
-    (frequencies,) = model.named_buffers()
-    assert torch.equal(frequencies[1], before[frequencies[0]])
+    # A cast of the model must not round the frequencies of the time features and the angles of the tokens.
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys() != set()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", ["dit", "uvit_conv", "uvit_uncond_mlptime"])
+@pytest.mark.parametrize("name", ["dit", "uvit_conv", "uvit_uncond_mlptime", "lightningdit_qknorm", "jit", "adm_unet"])
 def test_float64_confirms_float32(name):
     model, _, (x, time, y), expected = load_case(name)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erdfast.models import load_published
+from erdfast.models import load_weights
 from erdfast.presets import build_model
 
 
@@ -25,7 +25,7 @@ def test_safetensors_round_trip(name, tmp_path):
     state = other_weights(name)
     save_file(state, tmp_path / "model.safetensors")
     model = build_model(name)
-    load_published(model, tmp_path / "model.safetensors")
+    load_weights(model, tmp_path / "model.safetensors")
     assert_loaded(model, state)
     save_file(model.state_dict(), tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
@@ -56,14 +56,14 @@ def test_wrapped_checkpoints(wrap, suffix, tmp_path):
         torch.save(source, path)
         source = path
     model = build_model("uvit_tiny")
-    load_published(model, source)
+    load_weights(model, source)
     assert_loaded(model, state)
 
 
 def test_weights_take_the_dtype_of_the_model():
     state = other_weights()
     model = build_model("uvit_tiny")
-    load_published(model, {key: value.half() for key, value in state.items()})
+    load_weights(model, {key: value.half() for key, value in state.items()})
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
     assert_loaded(model, {key: value.half().float() for key, value in state.items()})
 
@@ -75,7 +75,7 @@ def test_a_wrong_checkpoint_is_one_error_and_no_change():
     del state["pos_embed"]
     state["surplus"] = torch.zeros(2)
     with pytest.raises(ValueError, match="does not fit this DiT") as error:
-        load_published(model, state)
+        load_weights(model, state)
     message = str(error.value)
     assert "1 missing (pos_embed)" in message
     assert "1 unexpected (surplus)" in message
@@ -85,23 +85,23 @@ def test_a_wrong_checkpoint_is_one_error_and_no_change():
 
 def test_another_backbones_checkpoint_lists_the_first_few_names():
     with pytest.raises(ValueError, match=r"missing \(.*, \.\.\.\).*unexpected \(.*, \.\.\.\)") as error:
-        load_published(build_model("dit_tiny"), other_weights("uvit_tiny"))
+        load_weights(build_model("dit_tiny"), other_weights("uvit_tiny"))
     assert len(str(error.value)) < 800
 
 
 def test_files_that_hold_no_weights(tmp_path):
     model = build_model("uvit_tiny")
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
-        load_published(model, tmp_path / "absent.pt")
+        load_weights(model, tmp_path / "absent.pt")
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"neither \.safetensors nor"):
-        load_published(model, tmp_path / "model.bin")
+        load_weights(model, tmp_path / "model.bin")
     torch.save({"model": other_weights(), "path": tmp_path}, tmp_path / "objects.pt")
     with pytest.raises(ValueError, match="holds more than plain data"):
-        load_published(model, tmp_path / "objects.pt")
+        load_weights(model, tmp_path / "objects.pt")
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "none.pt")
     with pytest.raises(ValueError, match=r"holds neither tensors nor one of ema, .* but epoch, lr"):
-        load_published(model, tmp_path / "none.pt")
+        load_weights(model, tmp_path / "none.pt")
     torch.save(torch.zeros(2), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="holds a Tensor, not a dict"):
-        load_published(model, tmp_path / "tensor.pt")
+        load_weights(model, tmp_path / "tensor.pt")

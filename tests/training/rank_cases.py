@@ -25,6 +25,7 @@ LINEAR = {"steps": 20, "log_every": 1, "checkpoint_every": 1000, "lr": 1e3, "ada
 """A large epsilon makes AdamW plain gradient descent: with its own, the sign of a gradient would amplify rounding."""
 DROPPING = {
     "adm_unet_dropping": presets.model_config("adm_unet_tiny", dropout=0.2),
+    "jit_dropping": presets.model_config("jit_tiny", dropout=0.2),
 }
 """No preset is both small and drops numbers."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,18 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from erdfast import presets
 from erdfast.training.plan import compiled_folder
 from erdfast.training.trainer import Trainer
 from tests.runs import tiny_trainer
+from tests.training.rank_cases import DROPPING
 
 STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def dropping_model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(presets.MODELS, "jit_dropping", DROPPING["jit_dropping"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +59,9 @@ def train(run: Path, compile: str, **options: Any) -> Trainer:
         ({"model": "uvit_tiny", "compile": "block"}, 3),
         ({"model": "dit_tiny", "compile": "block"}, 2),
         ({"model": "uvit_tiny", "compile": "full"}, 1),
+        # Blocks before and behind the label's tokens; of those behind them, some that drop numbers.
+        ({"model": "lightningdit_tiny", "compile": "block"}, 2),
+        ({"model": "jit_dropping", "compile": "block", "recompute": "selective"}, 4),
         # A part of the batch is a part: where it lies in the batch is a tensor.
         ({"model": "uvit_tiny", "compile": "block", "accumulation": 2}, 3),
         ({"model": "dit_tiny", "compile": "full", "accumulation": 2, "target": "k", "schedule": "flow"}, 1),
@@ -67,8 +78,14 @@ def test_graphs_are_few_whole_and_made_once(tmp_path, options, graphs):
     assert counters["frames"]["ok"] == counters["frames"]["total"]
 
 
-@pytest.mark.parametrize("model", ["uvit_tiny", "dit_tiny"])
-@pytest.mark.parametrize("compile", ["block", "full"])
+@pytest.mark.parametrize(
+    ("model", "compile"),
+    [
+        *itertools.product(["uvit_tiny", "dit_tiny"], ["block", "full"]),
+        ("lightningdit_tiny", "full"),
+        ("jit_dropping", "block"),
+    ],
+)
 def test_compiled_runs_end_as_eager_ones(tmp_path, model, compile):
     linear: dict[str, Any] = {"lr": 1e3, "adam_eps": 1e3, "steps": 6, "sample_every": 0, "model": model}
     if model == "dit_tiny":  # a learnable target is compared too

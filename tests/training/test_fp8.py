@@ -24,6 +24,7 @@ from tests.training.test_parallel import torchrun
 
 CPU = torch.device("cpu")
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+GATED = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 
 
 @pytest.fixture
@@ -41,13 +42,20 @@ def run_of(folder: Path, **options: Any) -> Trainer:
 # ---------------------------------------------------------------------- what is swapped
 
 
-@pytest.mark.parametrize("model", ["uvit_tiny", "dit_tiny", "uvit_digits", "dit_digits"])
-def test_the_products_of_attention_and_mlp_alone_are_swapped(model):
-    network, usual = build_model(model), build_model(model)
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        *((name, LAYERS) for name in ("uvit_tiny", "dit_tiny", "uvit_digits", "dit_digits")),
+        *((name, GATED) for name in ("lightningdit_tiny", "jit_tiny")),
+    ],
+)
+def test_the_products_of_attention_and_mlp_alone_are_swapped(model, layers):
+    sizes = {"mlp_ratio": 4.5} if layers is GATED else {}  # a hidden layer of 192
+    network, usual = build_model(model, **sizes), build_model(model, **sizes)
     names = apply_fp8(network, "reference")
     blocks = {id(block) for block in network.blocks_for_sharding()}
     prefixes = [name for name, module in network.named_modules() if id(module) in blocks]
-    assert sorted(names) == sorted(f"{block}.{layer}" for block in prefixes for layer in LAYERS)
+    assert sorted(names) == sorted(f"{block}.{layer}" for block in prefixes for layer in layers)
     assert {type(network.get_submodule(name)) for name in names} == {Float8Linear}
     assert list(network.state_dict()) == list(usual.state_dict())
     assert [name for name, _ in network.named_parameters()] == [name for name, _ in usual.named_parameters()]

@@ -23,6 +23,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "learnt": {"target": "k", "schedule": "flow", "grad_clip": 0.3, "k_lr": 3e3, "ema_decay": (0.9, 0.99)},
     "learnt(t)": {"target": "k(t)", "schedule": "flow", "loss_space": "u", "lr": 1e2, "ema_std": (0.1,)},
     "dit": {"model": "dit_tiny", "steps": 6},
+    "lightningdit": {"model": "lightningdit_tiny", "steps": 6, "schedule": "flow", "target": "u"},
+    "jit": {"model": "jit_dropping", "steps": 8, "schedule": "flow", "target": "x0", "lr": 3e2},
 }
 TWO: dict[str, dict[str, Any]] = {
     "plain ddp": {"parallel": "ddp"},
@@ -36,6 +38,9 @@ TWO: dict[str, dict[str, Any]] = {
     "learnt(t) ddp": {"parallel": "ddp"},
     "learnt(t) fsdp": {"parallel": "fsdp"},
     "dit fsdp": {"parallel": "fsdp"},
+    "lightningdit fsdp": {"parallel": "fsdp"},
+    "jit ddp": {"parallel": "ddp", "accumulation": 2},
+    "jit fsdp": {"parallel": "fsdp", "recompute": "full"},
 }
 FOUR: dict[str, dict[str, Any]] = {"plain auto": {"parallel": "auto"}, "plain fsdp": {"parallel": "fsdp"}}
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erdfast import cli, presets, train
+from erdfast import cli, presets, recipes, train
 from erdfast.config import EmaConfig, TrainConfig
 from erdfast.models import BackboneConfig, UViTConfig
 from erdfast.models.flops import parameter_count, training_flops, training_memory
@@ -30,7 +30,7 @@ DDP, FSDP, HSDP = (Plan(mode, 1, "none") for mode in ("ddp", "fsdp", "hsdp"))
 def asked(model: str = "uvit_h2", **options) -> TrainConfig:
     """A checked configuration of a prediction in bf16."""
     options = {"dry_run": True, "precision": "bf16", "model": model} | options
-    config = cli.with_options(TrainConfig(), presets.recipe(presets.recipe_of_model(model)) | options)
+    config = cli.with_options(TrainConfig(), recipes.recipe(recipes.recipe_of_model(model)) | options)
     config.validate()
     return config
 
