@@ -152,9 +152,10 @@ def describe_recipe(config: TrainConfig) -> str:
 
 def _summary(config: TrainConfig) -> str:
     process, optimizer = config.process, config.optimizer
+    of_k = "" if optimizer.k_lr is None else f" (k: {optimizer.k_lr:g})"
     return (
         f"{process.schedule} schedule, {process.target} target, {process.weighting} weighting; "
-        f"batch {config.batch_size}, lr {optimizer.lr:g} {optimizer.lr_schedule}, "
+        f"batch {config.batch_size}, lr {optimizer.lr:g} {optimizer.lr_schedule}{of_k}, "
         f"betas {optimizer.betas}, EMA {config.ema.describe()}, "
         f"{config.steps:,} steps, {config.precision}, seed {config.seed}"
     )
