@@ -134,8 +134,8 @@ RECIPES: dict[str, Recipe] = {
     # Embedded data on a CPU: Frechet distance and label accuracy are in README.
     "digits":              Recipe(_DIGITS | {"model": "uvit_digits"}),
     "digits_dit":          Recipe(_DIGITS | {"model": "dit_digits"}),
-    "digits_k":            Recipe(_DIGITS | {"model": "uvit_digits", "schedule": "flow", "target": "k", "loss_space": "u",
-                                             "weighting": "constant", "k_lr": 1e-2}),
+    "digits_k":            Recipe(_DIGITS | {"model": "uvit_digits", "schedule": "flow", "target": "k",
+                                             "loss_space": "u", "weighting": "constant", "k_lr": 1e-2}),
     "tiny_uvit":           Recipe(_TINY | {"model": "uvit_tiny"}),
     "tiny_dit":            Recipe(_TINY | {"model": "dit_tiny"}),
     "tiny_lightningdit":   Recipe(_TINY | {"model": "lightningdit_tiny"}),
