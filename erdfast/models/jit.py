@@ -78,12 +78,9 @@ class JiTConfig(RopeConfig):
     def accounting(self) -> Accounting:
         """Tokens, weights and activations of one image in training."""
         patch_in = self.input_shape[0] * self.patch_size**2
-        dropping = sum(tokens for i, tokens in enumerate(self.block_tokens) if self.block_dropout(i))
         return self.rope_accounting(
             patch_weights=self.bottleneck * (patch_in + self.width),
-            # The patches and their reduction; masks, of a byte a number where the others are two.
-            compute_activations=self.tokens * (patch_in + self.bottleneck)
-            + dropping * (self.width + self.mlp_width) // 2,
+            compute_activations=self.tokens * (patch_in + self.bottleneck),  # the patches and their reduction
         )
 
 

@@ -193,8 +193,6 @@ class ResBlockPlan:
             stream = both(into)
         if self.scale == "down":  # means keep what they are taken of
             stream, branch = both(into), branch + Cost(low=into)
-        if self.dropout:
-            branch += Cost(wide=out // 4)  # a byte that says whether a number was dropped
         done = Cost(
             products=tuple(products),
             low=self.embedding + self.outputs,
@@ -242,8 +240,7 @@ class ResBlock(nn.Module):
             branch = activation(norm(branch + modulation))
         if key is not None:
             assert place is not None
-            layout = layout_of(branch)
-            branch = dropout(branch, self.plan.dropout, key, place).contiguous(memory_format=layout)
+            branch = dropout(branch, self.plan.dropout, key, place)
         return self.skip_connection(resize(x_BCYX, self.plan.scale)) + convolution(branch)
 
 

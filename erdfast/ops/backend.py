@@ -89,10 +89,17 @@ def in_plain_eager(tensor: torch.Tensor) -> bool:
     )
 
 
+def in_transform() -> bool:
+    """Whether this runs under torch.func or forward-mode differentiation (while tracing: as if not)."""
+    if torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return transformed or torch.autograd.forward_ad._current_level >= 0
+
+
 def _refuse_transforms(backend: str) -> None:
     """Compiled code knows ordinary backward passes alone; other derivatives of it would silently be 0."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if transformed or torch.autograd.forward_ad._current_level >= 0:
+    if in_transform():
         raise NotImplementedError(
             f"the {backend} back end knows neither torch.func nor forward-mode derivatives; use backend='reference', "
             'or around a network `with erdfast.ops.backend.default_backend("reference"):`'

@@ -7,9 +7,14 @@ from torch.utils.checkpoint import checkpoint
 
 from erdfast import philox
 from erdfast.ops import NoiseKey, dropout
+from erdfast.ops.backend import default_backend
+from erdfast.ops.dropout import _dropout, _key_tensors
+from tests.ops.conftest import DTYPES
 
 SHAPE = (3, 5, 13)
 """65 numbers of a sample: the last of 9 counters is used in part."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "triton")
 
 
 def key(batch: int, stream: int = 7) -> NoiseKey:
@@ -105,3 +110,141 @@ def test_no_rate_is_no_work() -> None:
 def test_what_cannot_be(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         dropout(torch.ones(SHAPE), **({"rate": 0.4, "key": key(3)} | options))
+
+
+# ---------------------------------------------------------------------------- back ends
+
+
+def device_key(batch: int) -> NoiseKey:
+    return key(batch)._replace(sample_ids=(torch.arange(batch) * 977 + 2**40).to(DEVICE))
+
+
+def layouts(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """In order and channels-last, of odd sizes."""
+    x = 1 + torch.rand(3, 24, 3, 5, device=DEVICE)
+    return [x.to(dtype), x.to(dtype, memory_format=torch.channels_last), x[:, 0].contiguous().to(dtype)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backends_agree(dtype, backend) -> None:
+    for x in layouts(dtype)[1:]:
+        wanted = dropout(x.double(), 0.3, device_key(3), 9, backend="reference")
+        x.requires_grad_()
+        y = dropout(x, 0.3, device_key(3), 9, backend=backend)
+        assert (y.dtype, y.shape, y.stride()) == (x.dtype, x.shape, x.stride())
+        assert torch.equal(y == 0, wanted == 0)
+        assert float((y.detach() / wanted - 1).nan_to_num().abs().max()) <= {torch.float32: 2**-22}.get(dtype, 2**-7)
+        upstream = torch.randn_like(y)
+        (grad,) = torch.autograd.grad(y, x, upstream)
+        assert torch.equal(grad, dropout(upstream, 0.3, device_key(3), 9, backend=backend))
+        assert torch.equal(grad == 0, wanted == 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_is_the_same_in_any_batch_and_layout(backend) -> None:
+    x, last, _ = layouts()
+    whole = dropout(x, 0.3, device_key(3), backend=backend)
+    assert torch.equal(dropout(last, 0.3, device_key(3), backend=backend), whole)
+    for order in ([2, 0], [1], [1, 2, 0]):
+        some = device_key(3)._replace(sample_ids=device_key(3).sample_ids[order])  # type: ignore[index]
+        assert torch.equal(dropout(x[order], 0.3, some, backend=backend), whole[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_kept_but_the_key(backend) -> None:
+    x, kept = torch.randn(3, 4000, device=DEVICE, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+        dropout(x, 0.3, device_key(3), backend=backend)
+    assert sum(tensor.nbytes for tensor in kept) == 8 * 3 + 3 * 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend) -> None:
+    x, last, _ = layouts()
+    torch.library.opcheck(_dropout.op, (x.requires_grad_(), *_key_tensors(x, device_key(3), 1), 20_000, backend))
+    inputs = (last, *_key_tensors(x, device_key(3), 1), 20_000, backend)
+    torch.library.opcheck(_dropout.op, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_compiled_op_for_every_key(backend) -> None:
+    """Seed, step, ids and place are data: nothing is compiled anew, and the compiler sees one op."""
+    graphs = []
+
+    def watch(graph, _inputs):
+        graphs.append([node.target for node in graph.graph.nodes if "erdfast" in str(node.target)])
+        return graph.forward
+
+    def loss(x, seed, step, ids, place):
+        return dropout(2 * x, 0.4, NoiseKey(seed, step, ids), place, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=watch)
+    x = torch.randn(SHAPE, device=DEVICE)
+    for n in range(3):
+        seed, step, place = torch.tensor([n, n + 1, n + 2], device=DEVICE)
+        ids = torch.arange(3, device=DEVICE) + n
+        assert torch.equal(compiled(x, seed, step, ids, place), loss(x, seed, step, ids, place))
+    assert graphs == [[torch.ops.erdfast.dropout.default]]
+
+
+def test_triton_compiles_with_its_gradient() -> None:
+    x = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
+
+    def loss(x):
+        return dropout(x, 0.4, device_key(3), 2, backend="triton").square().sum()
+
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    torch._dynamo.reset()
+    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives(backend) -> None:
+    x = torch.randn(SHAPE, device=DEVICE, requires_grad=True)
+    y = dropout(x, 0.4, device_key(3), backend=backend)
+    (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    scale = dropout(torch.ones_like(x), 0.4, device_key(3), backend=backend)
+    torch.testing.assert_close(second, 6 * x.detach() * scale**3)
+
+
+def test_other_derivatives_are_the_references() -> None:
+    x = torch.randn(SHAPE, device=DEVICE)
+    scale = dropout(torch.ones_like(x), 0.4, device_key(3))
+    with default_backend("reference"):
+
+        def mean(x):
+            return dropout(x, 0.4, device_key(3)).sum()
+
+        torch.testing.assert_close(torch.func.grad(mean)(x), scale)
+        torch.testing.assert_close(torch.func.jvp(mean, (x,), (x,))[1], (x * scale).sum())
+    with pytest.raises(NotImplementedError, match="reference"):
+        torch.func.grad(lambda x: dropout(x, 0.4, device_key(3), backend="triton").sum())(x)
+
+
+def test_unusual_input_is_named() -> None:
+    x = torch.randn(3, 6, 2, 5, device=DEVICE)
+    cases = [
+        (lambda: dropout(x.long(), 0.4, NoiseKey(0)), "x is torch.int64; choose from torch.float32"),
+        (lambda: dropout(x[0, 0, 0, 0], 0.4, NoiseKey(0)), r"x has shape \(\); it must be \(B, ...\)"),
+        (lambda: dropout(x[:1, :1, :1, :1].expand(1, 2**14, 2**14, 1), 0.4, NoiseKey(0)), "at most 134217728 elements"),
+        (lambda: dropout(x, 0.4, NoiseKey(0), backend="cpu"), "unknown backend 'cpu'; choose from reference, triton"),
+        (lambda: dropout(x.double(), 0.4, NoiseKey(0), backend="triton"), "float64 is not among"),
+        (lambda: dropout(x.mT, 0.4, NoiseKey(0), backend="triton"), "neither contiguous nor channels-last with"),
+        (lambda: dropout(x, 0.4, NoiseKey(torch.tensor(0, device="meta"))), "seed is on meta, x on"),
+    ]
+    cases.append(
+        (
+            lambda: dropout(x.contiguous(memory_format=torch.channels_last), 0.4, NoiseKey(0), backend="triton"),
+            "a multiple of 8 channels; call .contiguous()",
+        )
+    )
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    for odd in (x.mT, x.contiguous(memory_format=torch.channels_last), x[:, :1].expand(-1, 6, -1, -1)):
+        wanted = dropout(odd.contiguous(), 0.4, NoiseKey(0), backend="reference")
+        assert torch.equal(dropout(odd, 0.4, NoiseKey(0), backend="reference"), wanted)
