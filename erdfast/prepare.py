@@ -152,13 +152,14 @@ _OPENERS: dict[str, Callable[[PrepareConfig, int], Source]] = {"celeba": _open_c
 
 
 def _describe_classes(dataset: FileDataset) -> str:
-    """For people: "pictures per class: 732 (n04399382) to 1,300 (n01440764)"."""
+    """For people: "... per class: 732 (n04399382) to 1,300 (n01440764)", or "50 each"."""
     if not dataset.num_classes:
         return f"{len(dataset):,} pictures, no labels"
     counts = dataset.labels(torch.arange(len(dataset))).bincount(minlength=dataset.num_classes)
     ends = [int(counts.argmin()), int(counts.argmax())]
     few, many = (f"{int(counts[label]):,} ({dataset.class_names[label]})" for label in ends)
-    return f"{len(dataset):,} pictures in {dataset.num_classes:,} classes; per class: {few} to {many}"
+    per_class = f"{few} to {many}" if counts[ends[0]] < counts[ends[1]] else f"{int(counts[0]):,} each"
+    return f"{len(dataset):,} pictures in {dataset.num_classes:,} classes; per class: {per_class}"
 
 
 def _warn_of_counts(config: PrepareConfig, dataset: FileDataset) -> None:

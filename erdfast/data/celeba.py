@@ -99,7 +99,7 @@ def read_attribute(path: Path, attribute: str, names: Sequence[str]) -> Tensor:
     """(N,) int64, 1 where the attribute holds.
 
     Raises:
-        ValueError: there is no such attribute, or no line for a name; names it.
+        ValueError: there is no such attribute, no line for a name, or more than one; names it.
     """
     rows = read_rows(path)
     _, header = next(rows)
@@ -115,6 +115,8 @@ def read_attribute(path: Path, attribute: str, names: Sequence[str]) -> Tensor:
     for number, (name, *flags) in rows:
         if len(flags) != len(columns) or flags[column] not in ("1", "-1"):
             raise ValueError(f"{path}, line {number}: expected a file name and {len(columns)} values 1 or -1")
+        if name in values:
+            raise ValueError(f"{path}, line {number}: {name} has a line already")
         values[name] = int(flags[column] == "1")
     if missing := [name for name in names if name not in values]:
         raise ValueError(f"{path}: it has no line for {missing[0]} (missing: {len(missing):,} of {len(names):,})")

@@ -83,11 +83,14 @@ def _pictures(outer: tarfile.TarFile) -> Iterator[TarMember]:
         if inside is None:
             raise ValueError(f"{name} is no ordinary file")
         folder, count = name.removesuffix(".tar"), 0
-        with tarfile.open(fileobj=inside, mode="r:") as inner:
-            for one in inner:
-                for picture in _picture(one, f"{folder}/{one.name.removeprefix('./')}", member.offset_data):
-                    count += 1
-                    yield picture
+        try:
+            with tarfile.open(fileobj=inside, mode="r:") as inner:
+                for one in inner:
+                    for picture in _picture(one, f"{folder}/{one.name.removeprefix('./')}", member.offset_data):
+                        count += 1
+                        yield picture
+        except tarfile.TarError as error:
+            raise tarfile.ReadError(f"{name} in it: {error}") from error
         if not count:
             raise ValueError(f"{name} holds no picture")
 

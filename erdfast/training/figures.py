@@ -75,7 +75,9 @@ def save_summary(
     figure.suptitle(title, fontsize=13)
     layout = figure.add_gridspec(rows, 2, width_ratios=[1.1, 1.0])
     _draw_loss(figure.add_subplot(layout[0, 0]), metrics_records)
-    _draw_loss_by_logsnr(figure.add_subplot(layout[1, 0]), metrics_records, floor)
+    # A floor is that of one target: errors in earlier ones may lie below it.
+    floor_label = "Bayes floor of the target at the end" if learnt else "Bayes floor (no model can be lower)"
+    _draw_loss_by_logsnr(figure.add_subplot(layout[1, 0]), metrics_records, floor, floor_label)
     if learnt:  # below the samples, where nothing else is
         draw_target(figure.add_subplot(layout[2, 0] if evaluations else layout[1, 1]), metrics_records, k_init)
     _draw_samples(figure.add_subplot(layout[: rows - 1 if learnt or evaluations else rows, 1]), grid)
@@ -121,7 +123,9 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
     tidy(axes)
 
 
-def _draw_loss_by_logsnr(axes: Axes, records: Sequence[Record], floor: Sequence[tuple[float, float]] | None) -> None:
+def _draw_loss_by_logsnr(
+    axes: Axes, records: Sequence[Record], floor: Sequence[tuple[float, float]] | None, floor_label: str
+) -> None:
     axes.set_title("Loss per noise level", loc="left", fontsize=11)
     axes.set_xlabel("log-SNR, ln(α²/σ²)      noisy  ←  →  clean")
     axes.set_ylabel("squared error per element")
@@ -135,7 +139,7 @@ def _draw_loss_by_logsnr(axes: Axes, records: Sequence[Record], floor: Sequence[
         drawn.append(means[known])
     if floor:
         levels, values = (np.asarray(column, dtype=np.float64) for column in zip(*sorted(floor), strict=True))
-        axes.plot(levels, values, "--", color=BLACK, linewidth=1.4, label="Bayes floor (no model can be lower)")
+        axes.plot(levels, values, "--", color=BLACK, linewidth=1.4, label=floor_label)
         drawn.append(values)
     if not drawn:
         _say(axes, "no loss per noise level was recorded")

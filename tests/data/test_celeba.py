@@ -124,6 +124,7 @@ def test_bad_partitions(tmp_path, text, message):
         (ATTRIBUTES.replace("000004", "000005"), "Male", r"no line for 000004.jpg \(missing: 1 of 4\)"),
         (ATTRIBUTES.replace("1 -1 -1", "1 -1"), "Male", "line 6: expected a file name and 3 values 1 or -1"),
         (ATTRIBUTES.replace("-1  1 -1", "-1  2 -1"), "Male", "line 3: expected a file name and 3 values"),
+        (ATTRIBUTES.replace("000004", "000001"), "Male", "line [3-6]: 000001.jpg has a line already"),
     ],
 )
 def test_bad_attributes(tmp_path, text, attribute, message):

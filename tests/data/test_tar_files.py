@@ -65,7 +65,7 @@ def test_cut_tars(tmp_path):
     whole = tar_bytes(nested(FILES))
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 - 300])
     with pytest.raises(
-        ValueError, match=r"cut.tar: cannot be read: it is no tar that can be read in place: unexpected"
+        ValueError, match=r"cut.tar: cannot be read: it is no tar that can be read in place: n0+1.tar in it: unexpected"
     ):
         open_container(tmp_path / "cut.tar")
     container = open_container(write_tar(tmp_path / "a.tar", FILES))
@@ -73,6 +73,17 @@ def test_cut_tars(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="the tar ends within it"):
         files.read(0)
+
+
+def test_a_damaged_tar_within_the_tar_is_named(tmp_path):
+    for damaged, message in ((b"", "empty file"), (b"no tar" * 999, "invalid header")):
+        path = write_tar(tmp_path / "a.tar", nested(FILES) | {"n00000002.tar": damaged})
+        with pytest.raises(ValueError, match=rf"a.tar: cannot be read: .* n00000002.tar in it: {message}"):
+            open_container(path)
+    whole = nested(FILES)
+    path = write_tar(tmp_path / "a.tar", whole | {"n00000001.tar": whole["n00000001.tar"][:700]})
+    with pytest.raises(ValueError, match=r"n00000001.tar in it: unexpected end of data"):
+        open_container(path)
 
 
 def test_bad_containers(tmp_path):

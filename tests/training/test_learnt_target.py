@@ -363,6 +363,17 @@ def test_the_summary_has_that_panel(tmp_path):
     assert found[1] > 200
 
 
+def test_the_floor_of_a_learnt_target_is_that_of_its_end_alone(tmp_path, monkeypatch):
+    """Errors in the targets before it may be lower."""
+    from erdfast.training import figures
+
+    labels = []
+    monkeypatch.setattr(figures, "_draw_loss_by_logsnr", lambda *arguments: labels.append(arguments[-1]))
+    for learnt in {}, {"k": 0.7}:
+        figures.save_summary(tmp_path / "a.png", records(**learnt), None, title="a run", floor=[(0.0, 0.1)])
+    assert labels == ["Bayes floor (no model can be lower)", "Bayes floor of the target at the end"]
+
+
 @pytest.mark.parametrize("learnt", [{"k": None}, {"k": [None, 0.5]}, {"k": []}])
 def test_a_panel_needs_numbers(tmp_path, learnt):
     assert not has_learnt_target(records(**learnt))
