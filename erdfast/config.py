@@ -83,8 +83,9 @@ class TrainConfig:
     """Train a diffusion transformer. Without options: the handwritten digits, in minutes on a CPU."""
 
     model: str = "uvit_digits"
-    """Preset of the network: uvit_s2, uvit_m2, uvit_l2, uvit_h2, dit_s2, dit_b2, dit_l2, dit_xl2; for a CPU
-    uvit_digits, dit_digits, uvit_tiny, dit_tiny."""
+    """Preset of the network: uvit_s2, uvit_m2, uvit_l2, uvit_h2, dit_s2, dit_b2, dit_l2, dit_xl2, lightningdit_xl1,
+    jit_b16, adm_unet_imagenet64 and others (an unknown name lists them); for a CPU uvit_digits, dit_digits,
+    uvit_tiny, dit_tiny, lightningdit_tiny, jit_tiny, adm_unet_tiny."""
     data: str | None = None
     """digits, mixture, mixture:CxHxW, or a file or folder; by default what suits the model."""
     recipe: str | None = None
@@ -279,7 +280,8 @@ class SampleConfig:
     family: Literal["dit", "sit", "lightningdit", "jit", "uvit", "adm_unet"] | None = None
     """Of a published checkpoint: by default what its tensors' names say; a SiT looks like a DiT and must be named."""
     model: str | None = None
-    """Of a published checkpoint: the preset that it is, where shapes do not tell its sizes (an ADM UNet)."""
+    """Of a published checkpoint: the preset that it is, where shapes do not tell its sizes (an ADM UNet; they tell
+    whether it has classes, a null class and a learned variance)."""
     schedule: str | None = None
     """Of a published checkpoint: the schedule that it was trained on, by default its family's (dit: ddpm_linear; sit,
     lightningdit, jit: flow)."""

@@ -18,6 +18,7 @@ from erdfast.data import Dataset
 from erdfast.data.absent import AbsentData
 from erdfast.models import Backbone, load_published
 from erdfast.process import Process
+from erdfast.process.coefficients import SPACES
 from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
 from erdfast.training.precision import PrecisionPolicy, resolve_precision
 from erdfast.training.run_directory import load_run_config
@@ -98,9 +99,13 @@ def open_published(
         say: is told what was found.
 
     Raises:
-        ValueError: it is none, or its schedule or target is not known.
+        ValueError: it is none, it is of a run of ours, or its schedule or target is not known.
         FileNotFoundError: no such file.
     """
+    if (run := _run_of(path)) is not None:  # whose network, process and conventions the run knows, and nobody else
+        raise ValueError(
+            f"{path} belongs to the run {run}: give the folder as --run, averages of other widths as --weights"
+        )
     policy = resolve_precision(precision, device)
     preset = None if model is None else presets.model_config(model)
     published = load_published(path, family=family, config=preset)
@@ -109,15 +114,26 @@ def open_published(
     unknown = [f"--{name}" for name in ("schedule", "target") if name not in options]
     if unknown:
         raise ValueError(f"{path} does not say how it was trained: add {' and '.join(unknown)}")
+    process = ProcessConfig(**options)
+    built = process.build().to(device)
+    if process.learnable:
+        choice = ", ".join(SPACES)
+        raise ValueError(f"target {process.target} is learnt, and {path} does not hold what was: choose from {choice}")
     for phrase in published.found:
         say(phrase)
-    process = ProcessConfig(**options)
     say(f"sampled as {process.target} prediction on the schedule {process.schedule}")
     network = published.model
     dataset = AbsentData(network.input_shape, network.num_classes)
     config = TrainConfig(process=process)
-    built = process.build().to(device)
     return PublishedRun(path.stem, config, 0, dataset, network.to(device), built, policy)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run directory of ours whose weights a file holds, beside config.json or in checkpoints/N; else None."""
+    if not path.match("model*.safetensors"):
+        return None
+    folders = [path.parent, *path.absolute().parents[2:3]]
+    return next((f for f in folders if (f / "config.json").is_file() and (f / "checkpoints").is_dir()), None)
 
 
 def _load_weights(path: Path, model: Backbone, process: Process, checkpoint: Path) -> Path:

@@ -85,8 +85,10 @@ class _Job(NamedTuple):
 
     def record(self, sampler: ImageSampler, cfg_scale: float) -> dict[str, Any]:
         """All that determines the pictures, for going on with the same."""
-        config = self.config
-        return {
+        config, process = self.config, self.run.config.process
+        # What a published checkpoint is taken for is not in its weights; a run's are of one process.
+        taken_for = {"schedule": process.schedule, "target": process.target} if config.run.is_file() else {}
+        return taken_for | {
             "cfg_scale": cfg_scale,
             "interval": config.interval,
             "steps": config.steps,

@@ -98,12 +98,15 @@ def resolve(config: TrainConfig, device: torch.device, say=print) -> TrainConfig
     precision = config.precision
     if precision == "auto" or not config.dry_run:  # what is only computed may be for a machine that is not here
         precision = resolve_precision(precision, device).name
+    flip = config.flip
     if config.data is None:
-        say(f"no --data: training on the embedded Gaussian mixture, {shape}")
+        say(f"no --data: training on the embedded Gaussian mixture, {shape}{', without mirror images' if flip else ''}")
+        flip = False  # recipes of pictures set it
     data = "mixture" if config.data is None else config.data
     if data not in ("", "digits", "mixture") and Path(data).exists():
         data = str(Path(data).resolve())  # a resumed run may start from another folder
-    return dataclasses.replace(config, data=data, precision=precision, evaluation=config.evaluation.absolute())
+    evaluation = config.evaluation.absolute()
+    return dataclasses.replace(config, data=data, flip=flip, precision=precision, evaluation=evaluation)
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -146,7 +149,9 @@ def describe_recipe(config: TrainConfig) -> str:
     if changed:
         lines.append(f"changed by the command line: {' '.join(changed)}")
     if origin := recipes.origin(config.recipe):
-        lines.append(f"published: {origin}")
+        # A model without a recipe of its own borrows another's settings, not its result.
+        whose = "" if values["model"] == set_by_it["model"] else f" for {set_by_it['model']}"
+        lines.append(f"published{whose}: {origin}")
     return "\n".join(lines)
 
 

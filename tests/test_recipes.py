@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from erdfast import cli, presets, train
 from erdfast.config import TrainConfig
@@ -38,7 +39,7 @@ LATENTS |= {"noise_scale": 1.0, "steps": 64 * 1251}
 PIXELS = K_DIFF | {"logit_mean": 0.8, "logit_std": 0.8, "kappa_clip": 0.05, "steps": 600 * 1251}
 PIXELS |= {"warmup_steps": 5 * 1251, "noise_scale": 1.0}
 PIXELS_512 = PIXELS | {"noise_scale": 512 / 256}
-ADM = COMMON | {"target": "eps", "weighting": "constant", "betas": (0.9, 0.999), "label_drop": 0.0}
+ADM = COMMON | {"target": "eps", "weighting": "constant", "betas": (0.9, 0.999), "label_drop": 0.0, "flip": True}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"erd_dit_{size}": DIT | {"model": f"dit_{size}"} for size in ("s2", "b2", "l2", "xl2")},
@@ -198,6 +199,21 @@ def test_what_a_recipe_set_and_what_was_changed_is_printed() -> None:
     assert lines[2] == "changed by the command line: --lr 0.0003 --betas 0.9 0.95"
     assert lines[3] == "published: FID-50K 32.3 (plain: 43.4), unguided (ERD, table 3)"
     assert len(train.describe_recipe(cli.parse_train(["--recipe", "digits"])).splitlines()) == 2
+    borrowed = train.describe_recipe(cli.parse_train(["--model", "lightningdit_b2"])).splitlines()
+    assert borrowed[2] == "changed by the command line: --model lightningdit_b2"
+    assert borrowed[3].startswith("published for lightningdit_xl1: FID-50K 2.08")
+
+
+def test_without_data_a_recipe_of_pictures_trains_on_the_mixture(capsys) -> None:
+    config = cli.parse_train(["--recipe", "jit_b16", "--model", "jit_tiny", "--precision", "fp32"])
+    assert config.flip
+    resolved = train.resolve(config, torch.device("cpu"))
+    assert (resolved.data, resolved.flip) == ("mixture", False)
+    assert capsys.readouterr().out == (
+        "no --data: training on the embedded Gaussian mixture, 4x8x8, without mirror images\n"
+    )
+    named = train.resolve(dataclasses.replace(config, data="digits"), torch.device("cpu"))
+    assert named.flip
 
 
 def test_options_as_typed_are_read_back() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from erdfast import cli, sample
 from erdfast.models import ADMUNetConfig, DiTConfig
@@ -94,6 +95,7 @@ def test_what_does_not_go_together_is_one_line(checkpoint, tmp_path, capsys) -> 
         ("--run", checkpoint, "--model", "dit_b2"): "does not fit this DiT",
         ("--run", checkpoint, "--weights", "w.safetensors"): "go with a run",
         ("--run", checkpoint, "--target", "k9"): "unknown target 'k9'",
+        ("--run", checkpoint, "--target", "k"): "target k is learnt, and",
         ("--run", tmp_path, "--family", "dit"): "family is for published checkpoints",
         ("--run", tmp_path / "absent.pt"): "absent.pt",
     }
@@ -103,6 +105,29 @@ def test_what_does_not_go_together_is_one_line(checkpoint, tmp_path, capsys) -> 
     assert "neither .safetensors nor" in _error(capsys, ["--run", str(tmp_path / "notes.txt")])
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:500])
     assert "cut.pt" in _error(capsys, ["--run", str(tmp_path / "cut.pt")])
+
+
+def test_another_process_is_another_job(checkpoint, tmp_path, capsys) -> None:
+    options = ["--run", str(checkpoint), *arguments("--out", tmp_path / "s.npz")]
+    assert sample.main(options) == 0
+    with np.load(tmp_path / "s.npz") as made:
+        before = made["arr_0"]
+    assert sample.main([*options, "--target", "v"]) == 0
+    assert "drawn before" not in capsys.readouterr().out
+    with np.load(tmp_path / "s.npz") as made:
+        assert (made["arr_0"] != before).any()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-std0.08-step00000100.safetensors"])
+def test_weights_of_a_run_of_ours_are_not_taken_for_published_ones(checkpoint, tmp_path, capsys, name) -> None:
+    state = torch.load(checkpoint, weights_only=True)["ema"]
+    places = [tmp_path / "run" / name, tmp_path / "run" / "checkpoints" / "00000100" / name]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, place)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for place in places:
+        assert f"belongs to the run {tmp_path}/run: give the folder" in _error(capsys, ["--run", str(place)])
 
 
 def _error(capsys, options: list[str]) -> str:

@@ -98,7 +98,7 @@ class Loader:
         say: Callable[[str], None] = print,
     ) -> None:
         if flip and not dataset.has_flips:
-            raise ValueError(f"these data cannot be mirrored: {dataset.describe()}; leave --flip out")
+            raise ValueError(f"these data cannot be mirrored: {dataset.describe()}; leave --flip out (--no-flip)")
         self.seed, self.batch_size, self.parts, self.device = seed, batch_size, list(parts), device
         self.flip, self.depth = flip, depth
         self.cache = choose_cache(dataset, cache, device, flip=flip)

@@ -324,7 +324,6 @@ class ADMUNet(Backbone):
         if not config.null_class:
             self.null_class = None
         self.has_dropout = config.dropout > 0
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         plan, E = make_plan(config), config.embedding
         self.time_features = TimeFeatures(config.model_channels)
         self.time_embed = nn.Sequential(nn.Linear(config.model_channels, E), nn.SiLU(), nn.Linear(E, E))
@@ -363,7 +362,8 @@ class ADMUNet(Backbone):
         """
         self.check_inputs(x, time, y)
         dropping = self._dropping(x, key)
-        stream = x.to(self.get_parameter("out.0.weight").dtype, memory_format=self.layout)
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        stream = x.to(self.get_parameter("out.0.weight").dtype, memory_format=layout)
         embedding = self._embedding(time, y)
         skips = [self.input_blocks[0](stream, embedding)]
         for block in self.input_blocks[1:]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adm_unet import ADMUNetConfig
 from .backbone import Backbone, BackboneConfig
 from .dit import DiT
 from .layers import TimeFeatures
-from .recognise import recognise
+from .recognise import recognise, told_by_weights
 
 WRAPPERS = ("ema", "model_ema1", "model_ema", "ema_model", "state_dict", "model", "module")
 """Keys under which training scripts put the weights, the best first: its authors evaluated the average."""
@@ -88,13 +90,15 @@ def load_published(
     Args:
         source: a file or its content, as for `load_weights`.
         family: a name of CONVENTIONS. By default what the names say; a SiT must be named.
-        config: of the network, where shapes do not tell it: an ADM UNet's.
+        config: of the network, where shapes do not tell it: an ADM UNet's, in which the weights overrule whether there
+            are classes, a null class and a learned variance.
         ours: the checkpoint was trained by this package, so that nothing is turned round.
         fields: fields of the configuration that are known better than shapes tell them (`num_heads`, `attention`).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown family, no weights, or names and shapes of no backbone; the message says which.
+        ValueError: an unknown family, no weights, names and shapes of no backbone, or numbers that are no weights; the
+            message says which.
     """
     if family is not None and family not in CONVENTIONS:
         raise ValueError(f"unknown family {family!r}; choose from {', '.join(CONVENTIONS)}")
@@ -104,6 +108,8 @@ def load_published(
         config = recognise(weights, where, **fields)
     elif fields:
         raise ValueError(f"config is given, so that {', '.join(fields)} cannot be: use dataclasses.replace")
+    elif isinstance(config, ADMUNetConfig):
+        config = told_by_weights(config, weights)
     kind = config.backbone
     if family is not None and NETWORKS.get(family, family) != kind:
         raise ValueError(f"{where} is a {kind}, not a {family}")
@@ -135,7 +141,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, no weights in it, or weights of another network: the message lists
-            the names that are missing, unexpected or of another shape, and the model is unchanged.
+            the names that are missing, unexpected, of another shape, or whose numbers are no weights (integers, not
+            finite), and the model is unchanged.
     """
     where = _name(source)
     weights, found = unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
@@ -148,16 +155,19 @@ def unwrap(content: Mapping[str, Any], where: str = "the given weights") -> tupl
     """The dict of tensors inside `content`, without wrappers, prefixes and computed tables; and what was taken off.
 
     Raises:
-        ValueError: there are no tensors.
+        ValueError: there are no tensors, or two of one name but for its prefix.
     """
     for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
+        if isinstance(content.get(wrapper), Mapping) and content[wrapper]:
             weights, found = unwrap(content[wrapper], where)
             return weights, [f"{'averaged weights' if wrapper in AVERAGES else 'weights'} under {wrapper!r}", *found]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{where} holds neither tensors nor one of {', '.join(WRAPPERS)}, but {_some(content)}")
+        there = _some(content) or "nothing"
+        raise ValueError(f"{where} holds neither tensors nor one of {', '.join(WRAPPERS)}, but {there}")
     plain = {name: _plain(name) for name in tensors}
+    if twice := [name for name, count in Counter(plain.values()).items() if count > 1]:
+        raise ValueError(f"{where} holds more than one network: {_some(twice)} with several prefixes")
     found = [f"prefix {p!r} removed" for p in dict.fromkeys(n.removesuffix(plain[n]) for n in tensors) if p]
     computed = [name for name in tensors if name.endswith(COMPUTED)]
     if computed:
@@ -170,7 +180,7 @@ def _name(source: str | Path | Mapping[str, Any]) -> str:
 
 
 def _fit(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> list[str]:
-    """ValueError unless names and shapes agree; a phrase if the dtypes do not."""
+    """ValueError unless names and shapes agree and the numbers are weights; a phrase if the dtypes do not agree."""
     problems = _differences(weights, model.state_dict())
     if problems:
         raise ValueError(f"{where} does not fit this {type(model).__name__}: {'; '.join(problems)}")
@@ -241,9 +251,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _plain(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return _plain(name[len(prefix) :])
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
     return name
 
 
@@ -258,8 +267,22 @@ def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
         "of another shape": shapes,
+        "whose numbers are no weights": [] if shapes else _no_weights(found, wanted),
     }
     return [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+
+
+def _no_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Integers where there should be real numbers, and what is not finite in the dtype wanted."""
+    problems = []
+    for name, value in wanted.items():
+        if name not in found or not value.is_floating_point():
+            continue
+        if not found[name].is_floating_point():
+            problems.append(f"{name} is {str(found[name].dtype).removeprefix('torch.')}")
+        elif not found[name].to(value.dtype).isfinite().all():
+            problems.append(f"{name} is not finite")
+    return problems
 
 
 def _some(names: Mapping[str, Any] | list[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from .adm_unet import ADMUNetConfig
 from .backbone import BackboneConfig
 from .dit import DiTConfig
 from .jit import JiTConfig
@@ -55,6 +57,8 @@ def recognise(weights: Weights, where: str, **given: Any) -> BackboneConfig:
             raise ValueError(f"{where} looks like a {kind}, but has no {error}") from error
         except TypeError as error:
             raise ValueError(f"{where} is a {kind}: {error}") from error
+        except IndexError as error:
+            raise ValueError(f"{where} looks like a {kind}, but a tensor of it has too few dimensions") from error
     if kind == "adm_unet":
         raise ValueError(f"{where} is an ADM UNet, whose weights do not tell its image size and heads: give its config")
     if kind == "diffusers":
@@ -63,10 +67,29 @@ def recognise(weights: Weights, where: str, **given: Any) -> BackboneConfig:
     raise ValueError(f"{where} is none of {', '.join(FIELDS)}, adm_unet: it holds {some}, ...")
 
 
+def told_by_weights(config: ADMUNetConfig, weights: Weights) -> ADMUNetConfig:
+    """`config` with what an ADM UNet's weights do tell: no classes, a null class or none, a learned variance."""
+    told: Fields = {}
+    channels, bias, labels = config.input_shape[0], weights.get("out.2.bias"), weights.get("label_emb.weight")
+    if bias is not None and bias.numel() in (channels, 2 * channels):
+        told["learn_sigma"] = bias.numel() == 2 * channels
+    if labels is None:
+        told["num_classes"] = 0
+    elif len(labels) - config.num_classes in (0, 1):
+        told["null_class"] = len(labels) > config.num_classes
+    return dataclasses.replace(config, **told)
+
+
 def _blocks(weights: Weights, prefix: str) -> int:
-    """How many blocks there are: one more than the largest number behind `prefix`."""
-    numbers = [name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)]
-    return 1 + max(int(number) for number in numbers)
+    """How many blocks there are: 0, 1, ... behind `prefix`, none left out."""
+    numbers = {name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)}
+    expected = {str(number) for number in range(len(numbers))}
+    if numbers != expected:  # one stray name must not ask for a million blocks
+        stray = ", ".join(sorted(numbers - expected)[:3])
+        raise ValueError(
+            f"{prefix}* is not numbered from 0 without a gap: there are {len(numbers)}, one of them {stray}"
+        )
+    return len(numbers)
 
 
 def _heads(width: int, weights: Weights, given: Fields) -> int:
@@ -91,7 +114,7 @@ def _side(patches: int, patch_size: int, given: Fields) -> int:
 def _transformer(weights: Weights, given: Fields, *, patch: str, labels: str, extra_tokens: int, blocks: int) -> Fields:
     """What all transformers tell in the same way."""
     width = weights["pos_embed"].shape[2]
-    _, channels, patch_size, _ = weights[patch].shape
+    channels, patch_size = weights[patch].shape[1], weights[patch].shape[2]
     side = _side(weights["pos_embed"].shape[1] - extra_tokens, patch_size, given)
     return {
         "input_shape": (channels, side, side),

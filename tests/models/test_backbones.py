@@ -1,5 +1,6 @@
 """Behaviour of the backbones beyond published outputs: gradients, first weights, refusals, compilation."""
 
+import copy
 import dataclasses
 import json
 
@@ -340,3 +341,13 @@ def test_time_features_against_float64():
         assert features(time).dtype == torch.float32
     with pytest.raises(ValueError, match="even"):
         TimeFeatures(7)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_whole_networks_are_saved_and_copied(name, tmp_path):
+    model = randomised(build_model(name)).eval()
+    torch.save(model, tmp_path / "model.pt")
+    inputs = inputs_for(model)
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(other(*inputs), model(*inputs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-from erdfast.models import DiTConfig, JiTConfig, LightningDiTConfig, UViTConfig, load_published
+from erdfast.models import ADMUNetConfig, DiTConfig, JiTConfig, LightningDiTConfig, UViTConfig, load_published
 from erdfast.models.backbone import Backbone, BackboneConfig
 from erdfast.presets import MODELS
 from erdfast.process import Process
@@ -170,3 +171,59 @@ def test_what_cannot_be_known_is_asked_for() -> None:
     del state["blocks.1.attn.qkv.bias"]
     with pytest.raises(ValueError, match=r"does not fit this DiT: 1 missing \(blocks.1.attn.qkv.bias\)"):
         load_published(state, num_heads=4)
+
+
+@pytest.mark.parametrize("fields", [{"null_class": False, "learn_sigma": True}, {"num_classes": 0}, {}])
+def test_a_preset_gives_an_adm_unet_the_sizes_that_its_weights_do_not_tell(fields) -> None:
+    preset = MODELS["adm_unet_tiny"]
+    assert isinstance(preset, ADMUNetConfig)
+    theirs = dataclasses.replace(preset, **fields)
+    published = load_published(random_network(theirs).state_dict(), config=preset)
+    assert published.model.config == theirs
+    other = dataclasses.replace(preset, num_classes=7)
+    with pytest.raises(ValueError, match=r"label_emb.weight is \(1[01], 128\) instead of"):
+        load_published(random_network(dataclasses.replace(theirs, num_classes=10)).state_dict(), config=other)
+
+
+def test_numbers_that_are_no_weights_are_refused() -> None:
+    state = random_network(CONFIGS["dit"]).state_dict()
+    name = "final_layer.linear.weight"
+    with pytest.raises(ValueError, match=r"1 whose numbers are no weights \(final_layer.linear.weight is int8\)"):
+        load_published(state | {name: state[name].to(torch.int8)}, num_heads=4)
+    with pytest.raises(ValueError, match=r"final_layer.linear.weight is not finite"):
+        load_published(state | {name: state[name] / 0}, num_heads=4)
+    with pytest.raises(ValueError, match=r"not finite"):  # in float32
+        load_published(state | {name: state[name].double() * 1e300}, num_heads=4)
+
+
+def test_stray_names_and_shapes_are_one_sentence() -> None:
+    state = random_network(CONFIGS["dit"]).state_dict()
+    cases = {
+        r"blocks\.\* is not numbered from 0 without a gap: there are 3, one of them 900000000": {
+            "blocks.900000000.norm.weight": torch.zeros(1)
+        },
+        "one of them x": {"blocks.x.norm.weight": torch.zeros(1)},
+        "a tensor of it has too few dimensions": {"pos_embed": state["pos_embed"][0]},
+        "too few dimensions": {"x_embedder.proj.weight": state["x_embedder.proj.weight"].flatten(1)},
+        r"1 unexpected \(7\)": {7: torch.zeros(1)},
+        "more than one network: pos_embed with several prefixes": {"module.pos_embed": state["pos_embed"]},
+    }
+    for message, more in cases.items():
+        with pytest.raises(ValueError, match=message):
+            load_published(state | more, num_heads=4)
+    with pytest.raises(ValueError, match="but nothing"):
+        load_published({})
+
+
+@torch.no_grad()
+def test_wrappers_without_weights_and_long_prefixes_are_passed_over() -> None:
+    theirs = random_network(CONFIGS["dit"])
+    state = {"module." * 2000 + name: value for name, value in theirs.state_dict().items()}
+    published = load_published({"ema": {}, "model": state}, num_heads=4)
+    assert published.found[0] == "weights under 'model'"
+    assert torch.equal(published.model(*batch_for(theirs)), theirs(*batch_for(theirs)))
+
+
+def test_a_uvit_of_one_block_is_recognised() -> None:
+    config = UViTConfig(width=48, depth=1, num_heads=4, input_shape=(4, 8, 8), num_classes=5)
+    assert load_published(random_network(config).state_dict(), num_heads=4).model.config == config
