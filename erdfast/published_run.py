@@ -17,6 +17,7 @@ from erdfast.config import ProcessConfig, TrainConfig
 from erdfast.data import Dataset
 from erdfast.data.absent import AbsentData
 from erdfast.models import Backbone, load_published
+from erdfast.models.published import SUFFIXES
 from erdfast.process import Process
 from erdfast.process.coefficients import SPACES
 from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
@@ -105,6 +106,10 @@ def open_published(
     if (run := _run_of(path)) is not None:  # whose network, process and conventions the run knows, and nobody else
         raise ValueError(
             f"{path} belongs to the run {run}: give the folder as --run, averages of other widths as --weights"
+        )
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path} is not a run directory, and as a checkpoint neither .safetensors nor .pt, .pth or .ckpt"
         )
     policy = resolve_precision(precision, device)
     preset = None if model is None else presets.model_config(model)

@@ -27,6 +27,9 @@ AVERAGES = ("ema", "model_ema1", "model_ema", "ema_model")
 PREFIXES = ("module.", "_orig_mod.", "net.")
 """What DistributedDataParallel, torch.compile and JiT's wrapper put before the names."""
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+"""Of files that are read."""
+
 COMPUTED = ("freqs_cos", "freqs_sin")
 """How the names of tables end that published checkpoints hold and our networks compute."""
 
@@ -237,7 +240,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if path.suffix not in (".pt", ".pth", ".ckpt"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is neither .safetensors nor .pt, .pth or .ckpt")
     # DiT's training script stores its command line, a plain namespace, beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
