@@ -18,7 +18,7 @@ train: install
 
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile --durations=15
 
 lint: install
 	$(BIN)/ruff check .

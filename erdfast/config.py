@@ -29,7 +29,8 @@ class ProcessConfig:
     """Noise levels: what is added, what is predicted, how errors are weighed. See erdfast.process.Process."""
 
     schedule: str = "cosine"
-    """Signal and noise over time: cosine, ddpm_linear, logsnr_linear (discrete); flow, vp, gvp, logsnr_uniform."""
+    """Signal and noise over time: cosine, ddpm_linear, sd_linear, logsnr_linear (discrete); flow, vp, gvp,
+    logsnr_uniform."""
     target: str = "eps"
     """What the network predicts: x0, eps, v, u, score; learnable: k, k2, k(t)."""
     weighting: str = "erd"
@@ -277,17 +278,18 @@ class SampleConfig:
     run: Path
     """Run directory of erdfast.train, or a published checkpoint: a .pt, .pth, .ckpt or .safetensors file of DiT, SiT,
     LightningDiT, JiT, U-ViT or ADM."""
-    family: Literal["dit", "sit", "lightningdit", "jit", "uvit", "adm_unet"] | None = None
-    """Of a published checkpoint: by default what its tensors' names say; a SiT looks like a DiT and must be named."""
+    family: Literal["dit", "sit", "lightningdit", "jit", "uvit", "adm_unet", "erd"] | None = None
+    """Of a published checkpoint: by default what its tensors' names say; a SiT looks like a DiT and must be named, and
+    so must be networks of the ERD authors' code (erd)."""
     model: str | None = None
     """Of a published checkpoint: the preset that it is, where shapes do not tell its sizes (an ADM UNet; they tell
     whether it has classes, a null class and a learned variance)."""
     schedule: str | None = None
-    """Of a published checkpoint: the schedule that it was trained on, by default its family's (dit: ddpm_linear; sit,
-    lightningdit, jit: flow)."""
+    """Of a published checkpoint: the schedule that it was trained on, by default its family's (dit: ddpm_linear; uvit:
+    sd_linear; erd: cosine; sit, lightningdit, jit: flow)."""
     target: str | None = None
-    """Of a published checkpoint: what it predicts, by default its family's target (dit: eps; sit, lightningdit: u;
-    jit: x0)."""
+    """Of a published checkpoint: what it predicts, by default its family's target (dit, uvit, erd: eps; sit,
+    lightningdit: u; jit: x0)."""
     num: int = 64
     """Number of samples."""
     classes: tuple[int, ...] = ()

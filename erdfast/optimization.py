@@ -17,8 +17,9 @@ class OptimizerConfig:
     lr: float = 1e-4
     """Learning rate."""
     k_lr: float | None = None
-    """Learning rate of a learnable target's w_k (targets k, k2, k(t)); by default --lr, as in k-Diff. Warm-up and
-    lr_schedule act on it as on --lr; it is never decayed, and its gradient counts for grad_clip with all others."""
+    """Learning rate of a learnable target's w_k (targets k, k2, k(t)); by default --lr, as in k-Diff; 0 keeps k where
+    it begins. Warm-up and lr_schedule act on it as on --lr; it is never decayed, and its gradient counts for grad_clip
+    with all others."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     adam_eps: float = 1e-8
@@ -36,7 +37,7 @@ class OptimizerConfig:
         """Raise ValueError for a number out of range."""
         require("lr", self.lr, self.lr > 0, "above 0")
         if self.k_lr is not None:
-            require("k_lr", self.k_lr, self.k_lr > 0, "above 0")
+            require("k_lr", self.k_lr, self.k_lr >= 0, "at least 0 (0 keeps k at k_init)")
         require("betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         require("adam_eps", self.adam_eps, self.adam_eps > 0, "above 0")
         require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")

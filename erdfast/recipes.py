@@ -100,8 +100,8 @@ RECIPES: dict[str, Recipe] = {
     "erd_repo_dit_xl2":    Recipe(_ERD | _SCRIPT | {"model": "dit_xl2"},  "",                   _REPO),
     # Flow matching on latents: SiT; LightningDiT and its learnable target on VA-VAE latents (32, 16, 16).
     "sit_xl2":             Recipe(_ADAMW | {"model": "dit_xl2", "schedule": "flow", "target": "u",
-                                            "weighting": "constant", "betas": (0.9, 0.999)},
-                                  "17.2", "SiT: ODE, 400K steps, without its unused second half of the channels"),
+                                            "weighting": "constant", "betas": (0.9, 0.999), "flip": True},
+                                  "17.2", "SiT, in ERD's table 3; its learned variance is not trained"),
     "lightningdit_xl1":    Recipe(_LIGHTNING | {"model": "lightningdit_xl1", "target": "u"}, "2.08",
                                   "k-Diff, section 5.1: 64 epochs, without LightningDiT's cosine loss", _K_GUIDED),
     "kdiff_lightningdit_xl1": Recipe(_LIGHTNING | {"model": "lightningdit_xl1", "target": "k"}, "2.05",

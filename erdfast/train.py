@@ -52,6 +52,8 @@ def _train(config: TrainConfig, world: World) -> Path | None:
         import_wandb()
     if config.resume is None:
         say(describe_recipe(config))
+    if config.process.target == "k2" and config.process.loss_space == "target":
+        say("warning: the error of k2 in its own space is least at k0 = k1 = 0; choose --loss-space x0, eps, v or u")
     dataset = open_data(config)
     say(describe_network(config, dataset))
     say(f"data: {dataset.describe()}")
@@ -113,7 +115,7 @@ def dry_run(config: TrainConfig) -> str:
     """What a run would cost: parameters, operations, memory."""
     network = presets.model_config(config.model)
     micro = config.batch_size // config.accumulation
-    memory = training_memory(network, micro, config.precision)
+    memory = training_memory(network, micro, config.precision, num_emas=config.ema.count)
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in memory._asdict().items())
     return "\n".join(
         [

@@ -92,7 +92,7 @@ VALUES = [
     ("--lr -1e-3", ["lr is -0.001", "above 0"]),
     ("--lr nan", ["lr is nan", "finite"]),
     ("--lr inf", ["lr is inf", "finite"]),
-    ("--k-lr 0 --target k", ["k_lr is 0.0", "above 0"]),
+    ("--k-lr -1 --target k", ["k_lr is -1.0", "at least 0"]),
     ("--k-lr nan --target k", ["k_lr is nan", "finite"]),
     ("--k-init 0 --target k", ["k_init=0.0", "strictly between 0 and 1"]),
     ("--k-init 1 --target k2", ["k_init=1.0", "strictly between 0 and 1"]),

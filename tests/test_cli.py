@@ -222,3 +222,11 @@ def test_a_guessed_data_set_is_said(capsys):
     assert "no --data: training on the embedded Gaussian mixture, 4x32x32" in capsys.readouterr().out
     train.main(["--dry-run"])
     assert "no --data" not in capsys.readouterr().out
+
+
+def test_dry_run_counts_every_average(capsys):
+    def ema_gib(*decays):
+        train.main(["--model", "dit_s2", "--dry-run", "--ema-decay", *decays])
+        return float(re.findall(r"ema ([\d.]+)", capsys.readouterr().out)[-1])
+
+    assert ema_gib("0.9", "0.99", "0.999") == pytest.approx(3 * ema_gib("0.9"), abs=0.02)

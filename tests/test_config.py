@@ -159,7 +159,7 @@ NAN, INF = math.nan, math.inf
 LIMITS = {
     OptimizerConfig: {
         "lr": ([0.0, -1.0, NAN, INF], [1e-9, 1e30]),
-        "k_lr": ([0.0, -1.0, NAN, INF], [1e-9, 1e30]),
+        "k_lr": ([-1e-9, -1.0, NAN, INF], [0.0, 1e30]),
         "betas": ([(1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, NAN)], [(0.0, 0.0), (0.99, 0.999)]),
         "adam_eps": ([0.0, -1.0, INF], [1e-12, 1.0]),
         "weight_decay": ([-0.1, NAN, INF], [0.0, 1.0]),

@@ -71,7 +71,7 @@ def test_celeba(tmp_path, celeba, capsys):
 def test_an_attribute_is_the_label(tmp_path, celeba, capsys):
     labelled = ["--partition", "all", "--attributes", tmp_path / "attributes.txt", "--attribute", "Male"]
     assert run(*celeba, *labelled, "--size", 8, "--crop", 100, "--out", tmp_path / "out") == 0
-    assert "4 pictures in 2 classes; per class: 2 (not Male) to 2 (not Male)" in capsys.readouterr().out
+    assert "4 pictures in 2 classes; per class: 2 each" in capsys.readouterr().out
     data = FileDataset(tmp_path / "out")
     assert (data.class_names, data.labels(torch.arange(4)).tolist()) == (["not Male", "Male"], [1, 1, 0, 0])
     assert data.shape == (3, 8, 8)

@@ -55,7 +55,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "celeba_dit_s": CELEBA | {"model": "dit_s4_celeba64", "lr": 1e-3, "betas": (0.9, 0.95)},
     **{f"erd_repo_dit_{size}": SCRIPT | {"model": f"dit_{size}"} for size in ("b2", "l2", "xl2")},
     "sit_xl2": COMMON
-    | {"model": "dit_xl2", "schedule": "flow", "target": "u", "weighting": "constant", "betas": (0.9, 0.999)},
+    | {
+        "model": "dit_xl2",
+        "schedule": "flow",
+        "target": "u",
+        "weighting": "constant",
+        "betas": (0.9, 0.999),
+        "flip": True,
+    },
     "lightningdit_xl1": LATENTS | {"target": "u"},
     "kdiff_lightningdit_xl1": LATENTS | {"target": "k"},
     "kdiff_lightningdit_xl1_800ep": LATENTS | {"target": "k", "steps": 800 * 1251},

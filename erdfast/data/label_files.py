@@ -13,6 +13,7 @@ be wrong. It needs the synsets in the order of ILSVRC2012_ID, which the devkit's
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def _texts_of(path: Path, names: Sequence[str]) -> list[str]:
     known = {_stem(words[0]): words[1] for _, words in rows}
     if len(known) < len(rows):
         raise ValueError(f"{path}: it has several labels for one picture")
+    if double := next((name for name, count in Counter(map(_stem, names)).items() if count > 1), None):
+        raise ValueError(f"{path}: several pictures are called {double}, so that its labels do not tell them apart")
     if missing := next((name for name in names if _stem(name) not in known), None):
         raise ValueError(f"{path}: it has no label for {missing}")
     return [known[_stem(name)] for name in names]

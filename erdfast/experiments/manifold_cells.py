@@ -66,7 +66,9 @@ class Cell:
     def name(self) -> str:
         """Of its file."""
         k = "learnt" if self.k is None else f"k{self.k:.4f}"
-        return f"{self.manifold}-d{self.dim:02d}-{self.network}-{self.loss}-{k}-seed{self.seed}"
+        return (
+            f"{self.manifold}-d{self.dim:02d}-{self.network}-{self.loss}-{k}-{self.steps}x{self.batch}-seed{self.seed}"
+        )
 
 
 class Mlp(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pickle
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from .backbone import Backbone, BackboneConfig
 from .dit import DiT
 from .layers import TimeFeatures
 from .recognise import recognise, told_by_weights
+from .uvit import UViTConfig
 
 WRAPPERS = ("ema", "model_ema1", "model_ema", "ema_model", "state_dict", "model", "module")
 """Keys under which training scripts put the weights, the best first: its authors evaluated the average."""
@@ -43,6 +45,8 @@ class Convention(NamedTuple):
     """The time that its network embeds is 1 for data, where our network of that kind embeds 1 for noise."""
     velocity_to_data: bool = False
     """It predicts data minus noise, the negative of our target u."""
+    first_time: int = 0
+    """The time of the least noise on a discrete schedule."""
     process: Mapping[str, Any] = {}
     """Options of `Process` under which it was trained; empty where it is none of ours, or not always the same."""
 
@@ -53,13 +57,14 @@ CONVENTIONS: dict[str, Convention] = {
     "sit": Convention(time_is_data=True, velocity_to_data=True, process=_FLOW),
     "lightningdit": Convention(velocity_to_data=True, process=_FLOW),  # the network itself turns the time round
     "jit": Convention(process=_FLOW | {"target": "x0"}),
-    "uvit": Convention(),
+    "uvit": Convention(first_time=1, process={"schedule": "sd_linear", "target": "eps", "weighting": "constant"}),
     "adm_unet": Convention(),
+    "erd": Convention(process={"schedule": "cosine", "target": "eps", "weighting": "constant"}),
 }
-"""By family. A SiT has a DiT's names, so that nothing but the caller can tell them apart."""
+"""By family. SiT and the ERD authors have the names of others, so that nothing but the caller can tell them apart."""
 
-NETWORKS = {"sit": "dit"}
-"""The backbone of a family that is not called like it."""
+NETWORKS = {"sit": ("dit",), "erd": ("dit", "uvit", "adm_unet")}
+"""The backbones of a family that is not called like its own."""
 
 
 class Published(NamedTuple):
@@ -114,16 +119,18 @@ def load_published(
     elif isinstance(config, ADMUNetConfig):
         config = told_by_weights(config, weights)
     kind = config.backbone
-    if family is not None and NETWORKS.get(family, family) != kind:
+    if family is not None and kind not in NETWORKS.get(family, (family,)):
         raise ValueError(f"{where} is a {kind}, not a {family}")
     family = family or kind
+    convention = Convention() if ours else CONVENTIONS[family]
+    if convention.first_time and isinstance(config, UViTConfig):
+        config = dataclasses.replace(config, time_offset=float(convention.first_time))
     model = config.build()
     found += _fit(model, weights, where)
     model.load_state_dict(weights)
-    if not ours:
-        found += _turn_round(model, CONVENTIONS[family])
+    found += _turn_round(model, convention)
     found.append(_describe(config))
-    process = {} if ours else dict(CONVENTIONS[family].process)
+    process = dict(convention.process)
     if family == "jit" and not ours:
         process["noise_scale"] = config.input_shape[1] / 256
     return Published(model.eval(), family, process, tuple(found))

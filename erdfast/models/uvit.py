@@ -37,6 +37,8 @@ class UViTConfig(TransformerConfig):
     """Put the time features through Linear, SiLU, Linear before they become a token."""
     qkv_bias: bool = False
     """Biases in the Linear that makes queries, keys and values."""
+    time_offset: float = 0.0
+    """Added to the time: 1 for the published checkpoints, which count 1 to 1000 where we count 0 to 999."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,6 +159,7 @@ class UViT(Backbone):
     def _tokens(self, x: Tensor, time: Tensor, y: Tensor | None) -> Tensor:
         """[label, time, patches] with their positions, (B, L, D), in the dtype of the weights."""
         dtype = self.pos_embed.dtype
+        time = time + self.config.time_offset if self.config.time_offset else time
         time_BD = self.time_embed(self.time_features(time).to(dtype))
         tokens = [time_BD.unsqueeze(1), self.patch_embed(x)]
         if self.label_emb is not None:

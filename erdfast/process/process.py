@@ -45,7 +45,7 @@ class Process(Tables):
     not looked for, as that would wait for the device.
 
     Args:
-        schedule: a name of SCHEDULES: cosine, ddpm_linear, logsnr_linear (discrete), flow, vp, gvp,
+        schedule: a name of SCHEDULES: cosine, ddpm_linear, sd_linear, logsnr_linear (discrete), flow, vp, gvp,
             logsnr_uniform.
         target: a name of TARGETS: x0, eps, v, u, score, or learnable: k, k2, k(t). The parameters of a
             learnable target are this module's, and gradients reach them through c_x, c_eps and w.

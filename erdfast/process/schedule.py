@@ -197,6 +197,18 @@ class DdpmLinear(DiscreteSchedule):
         return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64, device="cpu")
 
 
+class SdLinear(DiscreteSchedule):
+    """Square roots of betas linear, from 0.00085*1000/T to 0.012*1000/T (Stable Diffusion; the published U-ViTs)."""
+
+    @staticmethod
+    def betas(num_timesteps: int) -> Tensor:
+        if num_timesteps <= 12:
+            raise ValueError(f"num_timesteps={num_timesteps} gives 'sd_linear' betas of 1; use 13 or more")
+        scale = 1000.0 / num_timesteps
+        ends = math.sqrt(0.00085 * scale), math.sqrt(0.012 * scale)
+        return torch.linspace(*ends, num_timesteps, dtype=torch.float64, device="cpu").square()
+
+
 class LogsnrLinear(DiscreteSchedule):
     """alpha_bar(s) = sigmoid(10 - 20s)/sigmoid(10): betas do not keep alpha_bar(0) (ERD's authors' code)."""
 
@@ -348,6 +360,7 @@ class LogsnrUniform(ContinuousSchedule):
 SCHEDULES: dict[str, type[DiscreteSchedule] | type[ContinuousSchedule]] = {
     "cosine": Cosine,
     "ddpm_linear": DdpmLinear,
+    "sd_linear": SdLinear,
     "logsnr_linear": LogsnrLinear,
     "flow": Flow,
     "vp": VariancePreserving,

@@ -123,6 +123,21 @@ def test_a_jit_is_taken_from_its_wrapper() -> None:
 
 
 @torch.no_grad()
+def test_a_uvit_counts_from_one() -> None:
+    theirs = random_network(CONFIGS["uvit"])
+    published = load_published(theirs.state_dict(), num_heads=4)
+    x, _, y = batch_for(theirs)
+    assert torch.equal(published.model(x, torch.arange(3.0), y), theirs(x, torch.arange(1.0, 4.0), y))
+    assert "time_offset 1.0" in published.found[-1]
+    Process(**published.process)
+    erd = load_published(theirs.state_dict(), family="erd", num_heads=4)
+    assert torch.equal(erd.model(x, torch.arange(3.0), y), theirs(x, torch.arange(3.0), y))
+    assert erd.process == {"schedule": "cosine", "target": "eps", "weighting": "constant"}
+    with pytest.raises(ValueError, match="is a lightningdit, not a erd"):
+        load_published(random_network(CONFIGS["lightningdit"]).state_dict(), family="erd", num_heads=4)
+
+
+@torch.no_grad()
 def test_learned_variance_samples_with_the_mean_half() -> None:
     theirs = random_network(CONFIGS["dit_learnsigma"])
     model = load_published(theirs.state_dict(), num_heads=4).model
@@ -226,4 +241,4 @@ def test_wrappers_without_weights_and_long_prefixes_are_passed_over() -> None:
 
 def test_a_uvit_of_one_block_is_recognised() -> None:
     config = UViTConfig(width=48, depth=1, num_heads=4, input_shape=(4, 8, 8), num_classes=5)
-    assert load_published(random_network(config).state_dict(), num_heads=4).model.config == config
+    assert load_published(random_network(config).state_dict(), num_heads=4, ours=True).model.config == config

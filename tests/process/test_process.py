@@ -19,7 +19,7 @@ def some_times(process: Process) -> torch.Tensor:
 
 def test_the_names_of_the_method():
     assert set(SCHEDULES) == {
-        "cosine", "ddpm_linear", "logsnr_linear", "flow", "vp", "gvp", "logsnr_uniform",
+        "cosine", "ddpm_linear", "sd_linear", "logsnr_linear", "flow", "vp", "gvp", "logsnr_uniform",
     }  # fmt: skip
     assert set(TARGETS) == {"x0", "eps", "v", "u", "score", "k", "k2", "k(t)"}
     assert set(WEIGHTINGS) == {

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from erdfast.process import SCHEDULES, Process
+from erdfast.process.schedule import SdLinear
 
-DISCRETE = ["cosine", "ddpm_linear", "logsnr_linear"]
+DISCRETE = ["cosine", "ddpm_linear", "sd_linear", "logsnr_linear"]
 CONTINUOUS = ["flow", "vp", "gvp", "logsnr_uniform"]
 
 
@@ -129,3 +130,15 @@ def test_tables_do_not_follow_the_default_device():
     with torch.device("meta"):
         process = Process("cosine", "v", "erd", as_sampling=True)
     assert {b.device.type for b in process.buffers()} == {"cpu"}
+
+
+def test_stable_diffusions_betas() -> None:
+    """The first and the last of its thousand, and alpha_bar at the end."""
+    betas = SdLinear.betas(1000)
+    assert betas[0].item() == pytest.approx(0.00085, rel=1e-12)
+    assert betas[-1].item() == pytest.approx(0.012, rel=1e-12)
+    assert betas[500].sqrt().item() == pytest.approx(
+        math.sqrt(0.00085) + 500 / 999 * (math.sqrt(0.012) - math.sqrt(0.00085)), rel=1e-12
+    )
+    with pytest.raises(ValueError, match="use 13 or more"):
+        SdLinear.betas(12)

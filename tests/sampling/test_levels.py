@@ -9,7 +9,7 @@ import torch
 from erdfast.process import Process
 from erdfast.sampling.levels import LARGEST_LEVEL, LEVEL_SETS, VARIABLES, make_levels, noise_table, table_levels
 
-DISCRETE = ["cosine", "ddpm_linear", "logsnr_linear"]
+DISCRETE = ["cosine", "ddpm_linear", "sd_linear", "logsnr_linear"]
 CONTINUOUS = ["flow", "vp", "gvp", "logsnr_uniform"]
 
 

@@ -108,7 +108,7 @@ def distance(process: Process, network: GaussianNetwork, name: str, steps: int, 
     return float((ours - exact).abs().max())
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "ddpm_linear", "logsnr_linear"])
+@pytest.mark.parametrize("schedule", ["cosine", "ddpm_linear", "sd_linear", "logsnr_linear"])
 @pytest.mark.parametrize("target", ["x0", "eps", "v", "u", "score", "k", "k2", "k(t)"])
 def test_discrete_processes_reach_the_data(schedule: str, target: str) -> None:
     process = Process(schedule=schedule, target=target, weighting="constant")

@@ -58,7 +58,7 @@ def groups(**options: Any):
 
 
 def test_its_rate_is_the_networks_by_default_and_its_own_where_it_is_named():
-    for own, moved in ({}, 0.1), ({"k_lr": 0.01}, 0.01), ({"k_lr": 0.5}, 0.5):
+    for own, moved in ({}, 0.1), ({"k_lr": 0.0}, 0.0), ({"k_lr": 0.01}, 0.01), ({"k_lr": 0.5}, 0.5):
         parameters, config, optimizer = groups(**own)
         set_learning_rates(optimizer, config, 0, 10)
         optimizer.step()  # AdamW's first step is the rate
