@@ -142,14 +142,14 @@ def predict_run(config: TrainConfig) -> str:
 
 
 def describe_recipe(config: TrainConfig) -> str:
-    """What runs, what the recipe set, what the command line changed of it, and the result that was published."""
+    """What runs, what the recipe set, what was changed of it (also for want of data), and the published result."""
     assert config.recipe is not None
     set_by_it, values = recipes.recipe(config.recipe), cli.flat_options(config)
     kept = [cli.as_flag(name, value) for name, value in set_by_it.items() if values[name] == value]
     changed = [cli.as_flag(name, values[name]) for name, value in set_by_it.items() if values[name] != value]
     lines = [f"recipe {config.recipe}: {_summary(config)}", f"recipe set: {' '.join(kept)}"]
     if changed:
-        lines.append(f"changed by the command line: {' '.join(changed)}")
+        lines.append(f"changed: {' '.join(changed)}")
     if origin := recipes.origin(config.recipe):
         # A model without a recipe of its own borrows another's settings, not its result.
         whose = "" if values["model"] == set_by_it["model"] else f" for {set_by_it['model']}"

@@ -70,7 +70,7 @@ def test_training_says_what_it_does(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("recipe tiny_uvit: cosine schedule, eps target, erd weighting; batch 8, lr 0.001")
     assert lines[1].startswith("recipe set: --lr 0.001")
-    assert lines[2].startswith("changed by the command line: ")
+    assert lines[2].startswith("changed: ")
     assert lines[3].startswith("uvit_tiny: 161,892 parameters, 0.0178 GFLOP per image")
     assert lines[4].startswith("data: 50,000 samples 4x8x8, 10 classes")
     assert lines[-1] == f"summary: {tmp_path}/run/summary.png"

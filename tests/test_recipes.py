@@ -203,11 +203,11 @@ def test_what_a_recipe_set_and_what_was_changed_is_printed() -> None:
     assert "--batch-size 256" in lines[1]
     assert "--model dit_b2" in lines[1]
     assert "--lr" not in lines[1]
-    assert lines[2] == "changed by the command line: --lr 0.0003 --betas 0.9 0.95"
+    assert lines[2] == "changed: --lr 0.0003 --betas 0.9 0.95"
     assert lines[3] == "published: FID-50K 32.3 (plain: 43.4), unguided (ERD, table 3)"
     assert len(train.describe_recipe(cli.parse_train(["--recipe", "digits"])).splitlines()) == 2
     borrowed = train.describe_recipe(cli.parse_train(["--model", "lightningdit_b2"])).splitlines()
-    assert borrowed[2] == "changed by the command line: --model lightningdit_b2"
+    assert borrowed[2] == "changed: --model lightningdit_b2"
     assert borrowed[3].startswith("published for lightningdit_xl1: FID-50K 2.08")
 
 

@@ -94,27 +94,17 @@ class FolderFiles:
             return stream.read()
 
 
-class ZipFiles:
-    """Files in a zip, read by their places in it: Python's own reader allows one thread at a time.
+class ArchiveFiles:
+    """What `Files` in one file have in common: their names, and the file, open for reading by place.
 
     Args:
-        path: the zip.
-        names: the members wanted, in order.
-
-    Raises:
-        zipfile.BadZipFile: it is damaged. ValueError: a member is stored in a way that is not known here.
+        path: the archive.
+        names: of the members wanted, in order.
     """
 
-    def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path = path
-        for info in members:
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                raise ValueError(f"'{info.filename}' is encrypted or compressed in a way that is not known here")
-            if not 0 < info.file_size <= LARGEST_FILE:
-                raise ValueError(f"'{info.filename}' has {info.file_size:,} bytes, expected 1 to {LARGEST_FILE:,}")
-        self._names = FolderFiles(path, [info.filename for info in members])
-        columns = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
-        self._table = np.array(columns, dtype=np.int64).reshape(-1, 5)
+        self._names = FolderFiles(path, names)
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -127,6 +117,28 @@ class ZipFiles:
     def name(self, index: int) -> str:
         """See `Files.name`."""
         return self._names.name(index)
+
+
+class ZipFiles(ArchiveFiles):
+    """Files in a zip, read by their places in it: Python's own reader allows one thread at a time.
+
+    Args:
+        path: the zip.
+        members: those wanted, in order.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged. ValueError: a member is stored in a way that is not known here.
+    """
+
+    def __init__(self, path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+        for info in members:
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+                raise ValueError(f"'{info.filename}' is encrypted or compressed in a way that is not known here")
+            if not 0 < info.file_size <= LARGEST_FILE:
+                raise ValueError(f"'{info.filename}' has {info.file_size:,} bytes, expected 1 to {LARGEST_FILE:,}")
+        columns = [(m.header_offset, m.compress_size, m.file_size, m.CRC, m.compress_type) for m in members]
+        self._table = np.array(columns, dtype=np.int64).reshape(-1, 5)
+        super().__init__(path, [info.filename for info in members])
 
     def read(self, index: int) -> bytes:
         """See `Files.read`; the checksum of the zip is compared."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .pictures import SUFFIXES
-from .sample_files import LARGEST_FILE, FolderFiles, is_hidden
+from .sample_files import LARGEST_FILE, ArchiveFiles, is_hidden
 
 
 class TarMember(NamedTuple):
@@ -24,7 +24,7 @@ class TarMember(NamedTuple):
     size: int
 
 
-class TarFiles:
+class TarFiles(ArchiveFiles):
     """`Files` (sample_files.py) of a tar, which several threads read.
 
     Args:
@@ -33,21 +33,8 @@ class TarFiles:
     """
 
     def __init__(self, path: Path, members: Sequence[TarMember]) -> None:
-        self.path = path
-        self._names = FolderFiles(path, [member.name for member in members])
+        super().__init__(path, [member.name for member in members])
         self._places = np.array([member[1:] for member in members], dtype=np.int64).reshape(-1, 2)
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """See `Files.name`."""
-        return self._names.name(index)
 
     def read(self, index: int) -> bytes:
         """See `Files.read`."""

@@ -110,8 +110,7 @@ def load_published(
     """
     if family is not None and family not in CONVENTIONS:
         raise ValueError(f"unknown family {family!r}; choose from {', '.join(CONVENTIONS)}")
-    where = _name(source)
-    weights, found = unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
+    where, (weights, found) = _opened(source)
     if config is None:
         config = recognise(weights, where, **fields)
     elif fields:
@@ -154,8 +153,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> li
             the names that are missing, unexpected, of another shape, or whose numbers are no weights (integers, not
             finite), and the model is unchanged.
     """
-    where = _name(source)
-    weights, found = unwrap(source if isinstance(source, Mapping) else _read(Path(source)), where)
+    where, (weights, found) = _opened(source)
     found += _fit(model, weights, where)
     model.load_state_dict(weights)
     return found
@@ -185,8 +183,11 @@ def unwrap(content: Mapping[str, Any], where: str = "the given weights") -> tupl
     return {plain[name]: value for name, value in tensors.items() if name not in computed}, found
 
 
-def _name(source: str | Path | Mapping[str, Any]) -> str:
-    return "the given weights" if isinstance(source, Mapping) else str(source)
+def _opened(source: str | Path | Mapping[str, Any]) -> tuple[str, tuple[dict[str, Tensor], list[str]]]:
+    """What errors call it, and what `unwrap` finds in it."""
+    if isinstance(source, Mapping):
+        return "the given weights", unwrap(source)
+    return str(source), unwrap(_read(Path(source)), str(source))
 
 
 def _fit(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> list[str]:
@@ -194,8 +195,8 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> list[st
     problems = _differences(weights, model.state_dict())
     if problems:
         raise ValueError(f"{where} does not fit this {type(model).__name__}: {'; '.join(problems)}")
-    other = {str(value.dtype) for name, value in model.state_dict().items() if weights[name].dtype != value.dtype}
-    return ["converted from another precision"] if other else []
+    converted = any(weights[name].dtype != value.dtype for name, value in model.state_dict().items())
+    return ["converted from another precision"] if converted else []
 
 
 def _describe(config: BackboneConfig) -> str:

@@ -349,5 +349,6 @@ def test_whole_networks_are_saved_and_copied(name, tmp_path):
     model = randomised(build_model(name)).eval()
     torch.save(model, tmp_path / "model.pt")
     inputs = inputs_for(model)
-    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)  # written above: that others may do so is the test
+    for other in (loaded, copy.deepcopy(model)):
         assert torch.equal(other(*inputs), model(*inputs))
