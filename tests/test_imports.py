@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "erdfast": set(),
     "erdfast.philox": {"torch"},
     "erdfast.atomic": set(),
+    "erdfast.figure_style": {"matplotlib", "erdfast.atomic"},
     "erdfast.group": {"torch"},
     "erdfast.tensor_files": {"torch", "safetensors"},
     "erdfast.kernels": {"torch", "triton"},
@@ -58,6 +59,7 @@ ALLOWED["erdfast.training"] = {
     "erdfast",
     *(name for name in ALLOWED if name != "erdfast.kernels"),
 }
+ALLOWED["erdfast.diagnostics"] = ALLOWED["erdfast.training"] | {"erdfast.training"}
 ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run"}
 ENTRY_POINTS |= {
     "erdfast.train",
@@ -67,6 +69,7 @@ ENTRY_POINTS |= {
     "erdfast.ema",
     "erdfast.encode",
     "erdfast.export",
+    "erdfast.diagnose",
     "erdfast.experiments",
 }
 EXTRAS = {"h5py", "diffusers", "flash_attn", "flash_attn_interface", "xformers", "tensorboard", "wandb"}

@@ -5,7 +5,6 @@ The number (guidance, training step, sampler steps) is given, or the one in whic
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erdfast.atomic import atomic_write, write_text
+from erdfast.atomic import write_text
+from erdfast.figure_style import BLUE, new_figure, save_figure, tidy
 
 from .measure import METRICS
 
-BLUE, GREY = "#0072B2", "#999999"
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)")
 
 
@@ -113,18 +112,11 @@ def save_plot(path: str | os.PathLike[str], rows: Sequence[Row], axis: Axis | No
         ImportError: matplotlib is missing.
         OSError: it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     metrics = list(rows[0].values)
-    figure = Figure(figsize=(max(4.5, 3.6 * len(metrics)), 3.6), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(max(4.5, 3.6 * len(metrics)), 3.6)
     for number, metric in enumerate(metrics):
         _draw(figure.add_subplot(1, len(metrics), number + 1), rows, metric, axis)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    with atomic_write(path) as stream:
-        stream.write(buffer.getvalue())
+    save_figure(path, figure)
 
 
 def _draw(axes: Any, rows: Sequence[Row], metric: str, axis: Axis | None) -> None:
@@ -145,6 +137,4 @@ def _draw(axes: Any, rows: Sequence[Row], metric: str, axis: Axis | None) -> Non
         names = [rows[number].file.stem for number in order]
         axes.set_xticks(x, names, rotation=20, ha="right", fontsize=8)
         axes.margins(x=0.15)
-    axes.grid(True, color=GREY, alpha=0.35, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)

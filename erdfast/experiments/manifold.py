@@ -7,24 +7,18 @@ in DIR/cells, so that a run that is stopped goes on where it was; results.json, 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from erdfast import cli
 from erdfast.atomic import write_text
+from erdfast.diagnostics.linear_theory import k_star
 from erdfast.training.run_directory import describe_environment
 
-from .linear_theory import k_star
+from .cells import read_cell, run_missing
 from .manifold_cells import Cell, run_cell
 
 DIMS = {"subspace": (1, 2, 4, 8, 16, 32, 64), "torus": (1, 2, 4, 8, 16)}
@@ -67,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = cli.parse(ManifoldConfig, argv, program="erdfast.experiments.manifold")
     config.validate()
     cells = list(planned_cells(quick=config.quick))
-    run_missing(cells, config.out / "cells", config.workers)
+    run_missing(run_cell, cells, config.out / "cells", config.workers)
     found = [read_cell(config.out / "cells", cell) for cell in cells]
     command = f"python -m erdfast.experiments.manifold --out {config.out}{' --quick' if config.quick else ''}"
     environment = describe_environment() | {"command": command}
@@ -91,50 +85,6 @@ def planned_cells(*, quick: bool) -> Iterator[Cell]:
             for dim in dims[manifold][:1] if quick else GRID_DIMS[manifold]:
                 for k in sorted({*FIXED_K, k_star(Cell.ambient, dim)}):
                     yield Cell(manifold=manifold, dim=dim, network="mlp", loss="u", k=k, seed=seed, steps=steps)
-
-
-def run_missing(cells: Sequence[Cell], folder: Path, workers: int) -> int:
-    """Run the cells that have no file yet, each in a process of one thread; returns how many there were.
-
-    Raises:
-        OSError: a result cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in cells if read_cell(folder, cell) is None]
-    context = multiprocessing.get_context("spawn")  # threads of this process would not survive a fork
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = [pool.submit(_run_and_write, cell, folder) for cell in missing]
-        try:
-            for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(jobs), unit="cell"):
-                job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return len(missing)
-
-
-def _run_and_write(cell: Cell, folder: Path) -> None:
-    write_text(folder / f"{cell.name}.json", json.dumps(rounded(run_cell(cell))) + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Floats to six significant digits: what is beyond depends on the machine."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return {key: rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell; None if there is none, or one of other settings."""
-    try:
-        found = json.loads((folder / f"{cell.name}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    wanted = rounded(dataclasses.asdict(cell))
-    same = isinstance(found, dict) and all(found.get(name) == value for name, value in wanted.items())
-    return found if same else None
 
 
 if __name__ == "__main__":

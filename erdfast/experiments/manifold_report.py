@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erdfast.atomic import write_text
-from erdfast.data.images import save_png
-from erdfast.training.figure_style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, tidy
+from erdfast.diagnostics.linear_theory import k_star
+from erdfast.diagnostics.report import markdown_table
+from erdfast.figure_style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure, tidy
 
-from .linear_theory import k_star
 from .manifold_data import MANIFOLDS
 
 if TYPE_CHECKING:
@@ -80,23 +79,16 @@ def dims_of(cells: Iterable[Result]) -> list[int]:
 
 def draw(cells: Sequence[Result], path: Path) -> None:
     """Above: where k settles, by manifold. Below: error over fixed k, with the learnt k."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     kinds = [kind for kind in MANIFOLDS if select(cells, manifold=kind)]
     grids = sorted({(cell["manifold"], cell["dim"]) for cell in select(cells, learnt=False)})
-    figure = Figure(figsize=(14.0, 9.0), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(14.0, 9.0)
     figure.suptitle(f"Learnable target on data of known dimension in D = {cells[0]['ambient']}", fontsize=13)
     above, below = (figure.add_subfigure(part) for part in figure.add_gridspec(2, 1, height_ratios=[1.15, 1.0]))
     for axes, kind in zip(np.ravel(above.subplots(1, len(kinds))), kinds, strict=True):
         _draw_settled(axes, select(cells, manifold=kind), kind)
     for axes, (kind, dim) in zip(np.ravel(below.subplots(1, len(grids))), grids, strict=True):
         _draw_grid(axes, select(cells, manifold=kind, dim=dim, network="mlp", loss="u"), kind, dim)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    save_png(path, Image.open(buffer).convert("RGB"))
+    save_figure(path, figure)
 
 
 def _draw_settled(axes: Axes, cells: Sequence[Result], kind: str) -> None:
@@ -181,7 +173,7 @@ def _settled_table(cells: Sequence[Result]) -> str:
                 own = select(cells, manifold=kind, dim=dim, network=network, loss=loss, learnt=True)
                 row.append(_with_spread(over_seeds(own, "k_end"), lambda x: f"{x:.3f}") if own else "")
             rows.append(row)
-    return _table(rows)
+    return markdown_table(rows)
 
 
 def _grid_table(cells: Sequence[Result]) -> str:
@@ -192,7 +184,7 @@ def _grid_table(cells: Sequence[Result]) -> str:
     for name, own in groups:
         rows.append([name, *(_with_spread(over_seeds(own, metric), _short) for metric in METRICS)])
     bayes = over_seeds(learnt, "bayes")[0]
-    return _table(rows) + f"\nThe least possible x0 error is {_short(bayes)} on these samples.\n"
+    return markdown_table(rows) + f"\nThe least possible x0 error is {_short(bayes)} on these samples.\n"
 
 
 def _with_spread(value: tuple[float, float], text: Callable[[float], str]) -> str:
@@ -202,8 +194,3 @@ def _with_spread(value: tuple[float, float], text: Callable[[float], str]) -> st
 def _short(value: float) -> str:
     """Three digits; what is rounding of 0 is 0."""
     return "0" if abs(value) < 1e-9 else f"{value:.0f}" if math.fabs(value) >= 1000 else f"{value:.3g}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]) + "\n"

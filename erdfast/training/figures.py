@@ -6,7 +6,6 @@ Matplotlib is used through its objects, not pyplot, so that nothing global chang
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from erdfast.data.images import image_grid, save_image_grid, save_png
+from erdfast.data.images import image_grid, save_image_grid
 from erdfast.evaluation.measure import METRICS
+from erdfast.figure_style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure, tidy
 
 from .evaluation_records import best, comparable, values_of
-from .figure_style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, tidy
 from .metrics import LOGSNR_EDGES
 from .target_figure import draw_target, has_learnt_target
 
@@ -63,15 +62,10 @@ def save_summary(
         ImportError: matplotlib or Pillow is missing.
         ValueError: images of another type, or lists whose length does not suit the edges.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     grid = None if images is None else image_grid(images, columns=columns, row_labels=row_labels)
     learnt, evaluations = has_learnt_target(metrics_records), comparable(metrics_records)
     rows = 3 if learnt and evaluations else 2
-    figure = Figure(figsize=(12.5, 3.3 * rows), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(12.5, 3.3 * rows)
     figure.suptitle(title, fontsize=13)
     layout = figure.add_gridspec(rows, 2, width_ratios=[1.1, 1.0])
     _draw_loss(figure.add_subplot(layout[0, 0]), metrics_records)
@@ -85,10 +79,7 @@ def save_summary(
         _draw_evaluations(figure.add_subplot(layout[rows - 1, 1]), evaluations)
 
     figure.align_ylabels()
-
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    save_png(path, Image.open(buffer).convert("RGB"))
+    save_figure(path, figure)
 
 
 def smooth(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:

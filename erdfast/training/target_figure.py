@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .figure_style import BLACK, BLUE, GREY, ORANGE, tidy
+from erdfast.figure_style import BLACK, BLUE, GREY, ORANGE, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from erdfast.diagnostics.linear_theory import k_star
 from erdfast.experiments import manifold, manifold_cells
-from erdfast.experiments.linear_theory import k_star
+from erdfast.experiments.cells import read_cell, rounded, run_missing
 from erdfast.experiments.manifold_cells import (
     LOSSES,
     Cell,
@@ -154,31 +155,31 @@ def test_results_and_what_is_made_of_them(tmp_path, small, capsys):
     assert "### subspace, d = 2" in text
     # Once more: nothing is trained, and nothing changes but the day.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
-    assert manifold.run_missing(small, tmp_path / "out" / "cells", 1) == 0
+    assert run_missing(manifold.run_cell, small, tmp_path / "out" / "cells", 1) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()} == before
 
 
 def write_made_up(folder: Path, settings: Cell, **changed: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{settings.name}.json"
-    path.write_text(json.dumps(manifold.rounded(dataclasses.asdict(settings)) | changed))
+    path.write_text(json.dumps(rounded(dataclasses.asdict(settings)) | changed))
     return path
 
 
 def test_what_is_there_is_kept_and_what_does_not_fit_is_not(tmp_path):
     settings = cell(k=k_star(64, 4))  # 0.9411764705882353: kept in six digits
-    assert manifold.read_cell(tmp_path, settings) is None
+    assert read_cell(tmp_path, settings) is None
     write_made_up(tmp_path, settings, x0_error=1.5)
-    found = manifold.read_cell(tmp_path, settings)
+    found = read_cell(tmp_path, settings)
     assert found is not None
     assert found["x0_error"] == 1.5
-    assert manifold.read_cell(tmp_path, dataclasses.replace(settings, seed=1)) is None
+    assert read_cell(tmp_path, dataclasses.replace(settings, seed=1)) is None
     for changed in ({"steps": 13}, {"k": 0.5}, {"ambient": 32}):
         write_made_up(tmp_path, settings, **changed)
-        assert manifold.read_cell(tmp_path, settings) is None
+        assert read_cell(tmp_path, settings) is None
     path = write_made_up(tmp_path, settings)
     path.write_text(path.read_text()[:-5])
-    assert manifold.read_cell(tmp_path, settings) is None
+    assert read_cell(tmp_path, settings) is None
 
 
 def made_up(**options: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erdfast.experiments.linear_theory import NODES, best_k, k_star, loss_of_process, optimal_loss
+from erdfast.diagnostics.linear_theory import NODES, best_k, k_star, loss_of_process, optimal_loss
 from erdfast.process import Process
 
 

@@ -1,0 +1,1 @@
+"""What noise levels do to training: closed forms, kernels, ranks, dimensions, and the pages that show them."""

@@ -1,0 +1,85 @@
+"""Cells of an experiment: each trained in a process of one thread and kept in a file of its own.
+
+So what is stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from erdfast.atomic import write_text
+
+
+class Cell(Protocol):
+    """A frozen dataclass of numbers, strings and None: all that a result depends on."""
+
+    @property
+    def name(self) -> str:
+        """Of its file; no two cells of an experiment have the same."""
+        ...
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+AnyCell = TypeVar("AnyCell", bound=Cell)
+
+
+def run_missing(
+    run_cell: Callable[[AnyCell], dict[str, Any]], cells: Sequence[AnyCell], folder: Path, workers: int
+) -> int:
+    """Run the cells that have no file yet, each in a process of one thread; returns how many there were.
+
+    Args:
+        run_cell: of a module, not a closure; gives the cell's own fields and what was measured.
+        cells: in the order in which they are run.
+        folder: of their files.
+        workers: processes at a time.
+
+    Raises:
+        OSError: a result cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if read_cell(folder, cell) is None]
+    context = multiprocessing.get_context("spawn")  # threads of this process would not survive a fork
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = [pool.submit(_run_and_write, run_cell, cell, folder) for cell in missing]
+        try:
+            for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(jobs), unit="cell"):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return len(missing)
+
+
+def _run_and_write(run_cell: Callable[[AnyCell], dict[str, Any]], cell: AnyCell, folder: Path) -> None:
+    write_text(folder / f"{cell.name}.json", json.dumps(rounded(run_cell(cell))) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six significant digits: what is beyond depends on the machine."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return {key: rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result of a cell; None if there is none, or one of other settings."""
+    try:
+        found = json.loads((folder / f"{cell.name}.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    wanted = rounded(dataclasses.asdict(cell))
+    same = isinstance(found, dict) and all(found.get(name) == value for name, value in wanted.items())
+    return found if same else None
