@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "erdfast.evaluation": {
         *("torch", "numpy", "sklearn", "safetensors", "matplotlib"),
+        "erdfast.figure_style",
         *("erdfast.atomic", "erdfast.tensor_files", "erdfast.data", "erdfast.group", "erdfast.monitoring"),
     },
     "erdfast.monitoring": {"erdfast.typed_json"},
