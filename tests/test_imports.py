@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "erdfast.philox": {"torch"},
     "erdfast.atomic": set(),
     "erdfast.figure_style": {"matplotlib", "erdfast.atomic"},
+    "erdfast.cells": {"torch", "tqdm", "erdfast.atomic"},
     "erdfast.group": {"torch"},
     "erdfast.tensor_files": {"torch", "safetensors"},
     "erdfast.kernels": {"torch", "triton"},

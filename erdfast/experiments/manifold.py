@@ -15,10 +15,10 @@ from pathlib import Path
 
 from erdfast import cli
 from erdfast.atomic import write_text
+from erdfast.cells import read_cell, run_missing
 from erdfast.diagnostics.linear_theory import k_star
 from erdfast.training.run_directory import describe_environment
 
-from .cells import read_cell, run_missing
 from .manifold_cells import Cell, run_cell
 
 DIMS = {"subspace": (1, 2, 4, 8, 16, 32, 64), "torus": (1, 2, 4, 8, 16)}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from erdfast.cells import read_cell, rounded, run_missing
 from erdfast.diagnostics.linear_theory import k_star
 from erdfast.experiments import manifold, manifold_cells
-from erdfast.experiments.cells import read_cell, rounded, run_missing
 from erdfast.experiments.manifold_cells import (
     LOSSES,
     Cell,
