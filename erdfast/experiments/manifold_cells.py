@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erdfast.config import EmaConfig, OptimizerConfig
+from erdfast.config import OptimizerConfig
 from erdfast.evaluation.frechet import Gaussian
-from erdfast.ops import NoiseKey, add_noise, diffusion_loss
+from erdfast.ops import NoiseKey, add_noise
 from erdfast.process import Process
 from erdfast.sampling import sample
-from erdfast.training.ema import Ema
-from erdfast.training.optimizer import build_optimizer, set_learning_rates
 
 from .manifold_data import MANIFOLDS, Manifold
+from .training_loop import Examples, train
 
 LOSSES = {
     "target": {"loss_space": "target"},
@@ -29,6 +28,7 @@ LOSSES = {
 }
 """Where the error is measured: as in k-Diff's theorem 3.2; in its algorithm 1 with the floor of D that table 4 has for
 pixels; the same without a floor, as table 4 has it for latents."""
+EMA_DECAY = 0.99
 KNOWN_ENDS = 1e-9
 """A fixed k of 0 or 1 is this far from it: the target `k` is a sigmoid."""
 TIME_WAVES = 16
@@ -126,35 +126,32 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     manifold = MANIFOLDS[cell.manifold](cell.ambient, cell.dim, cell.seed)
     network, process = NETWORKS[cell.network](cell.ambient), make_process(cell.loss, cell.k)
-    trace = train(cell, manifold, network, process)
+    trace = train_cell(cell, manifold, network, process)
     network.requires_grad_(False)
     process.requires_grad_(False)
     found: dict[str, Any] = dataclasses.asdict(cell) | {"k_end": float(process.target_values()["k"]), "k_trace": trace}
     return found | prediction_errors(cell, manifold, network, process) | sample_errors(cell, manifold, network, process)
 
 
-def train(cell: Cell, manifold: Manifold, network: nn.Module, process: Process) -> list[list[float]]:
-    """Train both in place; they end as their averages. Returns (step, k) along the way."""
-    config = OPTIMIZERS[cell.network]
-    named = {f"model.{name}": p for name, p in network.named_parameters()}
-    named |= {f"process.{name}": p for name, p in process.named_parameters() if p.requires_grad}
-    ema = Ema(named, EmaConfig(ema_decay=(0.99,)))
-    optimizer = build_optimizer(named, config, ema)
+def train_cell(cell: Cell, manifold: Manifold, network: nn.Module, process: Process) -> list[list[float]]:
+    """Train both in place; they end as their averages. Returns (step, k) along the way where k is learnt."""
     x0s, times = training_data(cell, manifold, process)
     trace = [[0.0, float(process.target_values()["k"])]]
-    for step in range(cell.steps):
-        set_learning_rates(optimizer, config, step, cell.steps)
-        x0, coef = x0s[step], process.coefficients(times[step])
-        key = NoiseKey(cell.seed, step)
-        loss = diffusion_loss(network(add_noise(x0, coef, key), coef.time), x0, coef, key)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if cell.k is None and (step + 1) % max(cell.steps // TRACED, 1) == 0:
-            trace.append([step + 1.0, float(process.target_values()["k"])])
-    with torch.no_grad():
-        for parameter, average in zip(named.values(), ema.averages[0], strict=True):
-            parameter.copy_(average)
+
+    def follow_k(done: int, _: object) -> None:
+        if done % max(cell.steps // TRACED, 1) == 0:
+            trace.append([float(done), float(process.target_values()["k"])])
+
+    train(
+        network,
+        process,
+        lambda step: Examples(x0s[step], times[step]),
+        steps=cell.steps,
+        seed=cell.seed,
+        optimizer=OPTIMIZERS[cell.network],
+        ema_decay=EMA_DECAY,
+        after_step=follow_k if cell.k is None else None,
+    )
     return trace if cell.k is None else []
 
 
