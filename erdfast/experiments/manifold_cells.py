@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from erdfast.config import OptimizerConfig
+from erdfast.diagnostics.manifold_data import MANIFOLDS, Manifold
 from erdfast.evaluation.frechet import Gaussian
 from erdfast.ops import NoiseKey, add_noise
 from erdfast.process import Process
 from erdfast.sampling import sample
 
-from .manifold_data import MANIFOLDS, Manifold
 from .training_loop import Examples, train
 
 LOSSES = {

@@ -12,10 +12,9 @@ import numpy as np
 
 from erdfast.atomic import write_text
 from erdfast.diagnostics.linear_theory import k_star
+from erdfast.diagnostics.manifold_data import MANIFOLDS
 from erdfast.diagnostics.report import markdown_table
 from erdfast.figure_style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure, tidy
-
-from .manifold_data import MANIFOLDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,6 +13,7 @@ import torch
 
 from erdfast.cells import read_cell, rounded, run_missing
 from erdfast.diagnostics.linear_theory import k_star
+from erdfast.diagnostics.manifold_data import MANIFOLDS
 from erdfast.experiments import manifold, manifold_cells
 from erdfast.experiments.manifold_cells import (
     LOSSES,
@@ -23,7 +24,6 @@ from erdfast.experiments.manifold_cells import (
     run_cell,
     sample_errors,
 )
-from erdfast.experiments.manifold_data import MANIFOLDS
 from erdfast.experiments.manifold_report import METRICS, over_seeds, render, write_report
 from erdfast.process import Process
 from tests.runs import refused, single_thread

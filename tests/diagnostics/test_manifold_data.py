@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erdfast.experiments.manifold_data import MANIFOLDS
+from erdfast.diagnostics.manifold_data import MANIFOLDS
 
 
 def generator(seed: int = 0) -> torch.Generator:
