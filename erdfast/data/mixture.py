@@ -89,12 +89,35 @@ class GaussianMixture(Dataset):
             )
         if not 0.0 < std < 1.0:
             raise ValueError(f"std must lie between 0 and 1 (the total variance is 1), got {std}")
-        self.shape = (shape[0], shape[1], shape[2])
-        self.num_classes, self.std, self.seed = num_classes, float(std), seed
-        self.modes_per_class = modes_per_class
+        shape = (shape[0], shape[1], shape[2])
+        means = _smooth_means(shape, num_classes, modes_per_class, seed) * math.sqrt(1.0 - std**2)
+        self._fill(shape, means, modes_per_class, std, size, seed)
+
+    @classmethod
+    def of_means(cls, means: Tensor, *, std: float, size: int = 50_000, seed: int = 0) -> GaussianMixture:
+        """A mixture of given modes, each with a label of its own; its variance is what these make it.
+
+        Args:
+            means: (J, C, H, W) floating, two modes or more.
+            std: s, above 0.
+            size, seed: as above; the seed decides the samples alone.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        if means.ndim != 4 or means.shape[0] < 2 or means.numel() == 0 or not bool(torch.isfinite(means).all()):
+            raise ValueError(f"means must be finite and (J, C, H, W) with two modes or more, got {tuple(means.shape)}")
+        if not 0.0 < std < math.inf or size < 1:
+            raise ValueError(f"std must be above 0 and size at least 1, got std={std}, size={size}")
+        mixture = cls.__new__(cls)
+        mixture._fill((means.shape[1], means.shape[2], means.shape[3]), means.double().flatten(1), 1, std, size, seed)
+        return mixture
+
+    def _fill(self, shape: Shape, means: Tensor, modes_per_class: int, std: float, size: int, seed: int) -> None:
+        self.shape, self.means, self.std, self.seed = shape, means, float(std), seed
+        self.num_classes, self.modes_per_class = means.shape[0] // modes_per_class, modes_per_class
+        self.mode_class = torch.arange(self.num_classes).repeat_interleave(modes_per_class)
         self._size = size
-        self.mode_class = torch.arange(num_classes).repeat_interleave(modes_per_class)
-        self.means = _smooth_means(self.shape, num_classes, modes_per_class, seed) * math.sqrt(1.0 - std**2)
 
     def __len__(self) -> int:
         return self._size
@@ -114,9 +137,10 @@ class GaussianMixture(Dataset):
 
     def describe(self) -> str:
         """See `Dataset.describe`."""
+        variance = float(self.means.var(dim=0, correction=0).mean()) + self.std**2
         return (
             f"{self._size:,} samples {format_shape(self.shape)}, {format_classes(self.num_classes)}, "
-            f"variance 1 (Gaussian mixture of {self.means.shape[0]} modes, known Bayes floor)"
+            f"variance {variance:.3g} (Gaussian mixture of {self.means.shape[0]} modes, known Bayes floor)"
         )
 
     def posterior(

@@ -170,6 +170,45 @@ def test_bad_options(options, message):
         GaussianMixture(**options)
 
 
+def test_modes_may_be_given():
+    """The toy of ERD's appendix F: its variance is 4 + 0.09; the known-posterior code is that of all mixtures."""
+    corners = torch.tensor([[2.0, 2.0], [-2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]]).view(4, 2, 1, 1)
+    data = GaussianMixture.of_means(corners, std=0.3, size=20_000, seed=5)
+    x, y, _ = data.gather(torch.arange(20_000))
+    assert x.shape == (20_000, 2, 1, 1)
+    assert "variance 4.09 (Gaussian mixture of 4 modes" in data.describe()
+    for label in range(4):
+        own = x[y == label].double()
+        assert own.shape[0] == pytest.approx(5000, rel=0.05)
+        torch.testing.assert_close(own.mean(0), corners[label].double(), rtol=0, atol=0.02)
+        torch.testing.assert_close(torch.cov(own[:, :, 0, 0].T), 0.09 * torch.eye(2).double(), rtol=0, atol=0.01)
+    # Each axis is a mixture of two modes on its own: E[x0 | x_t] by quadrature in one dimension.
+    grid = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
+    prior = torch.exp(-((grid - 2) ** 2) / 0.18) + torch.exp(-((grid + 2) ** 2) / 0.18)
+    alpha, sigma, seen = 0.5, 0.9, torch.tensor([0.3, -1.4], dtype=torch.float64)
+    weight = prior * torch.exp(-((seen[:, None] - alpha * grid) ** 2) / (2 * sigma**2))
+    mean = (weight * grid).sum(1) / weight.sum(1)
+    variance = (weight * (grid - mean[:, None]) ** 2).sum(1) / weight.sum(1)
+    found = data.posterior(seen.view(1, 2, 1, 1), alpha, sigma)
+    torch.testing.assert_close(found.x0.flatten(), mean, rtol=1e-8, atol=1e-8)
+    assert float(found.variance) == pytest.approx(float(variance.mean()), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("means", "options", "message"),
+    [
+        (torch.zeros(2, 3), {"std": 0.3}, r"\(J, C, H, W\).*\(2, 3\)"),
+        (torch.zeros(1, 2, 1, 1), {"std": 0.3}, "two modes or more"),
+        (torch.full((2, 2, 1, 1), math.nan), {"std": 0.3}, "finite"),
+        (torch.zeros(2, 2, 1, 1), {"std": 0.0}, "std=0.0"),
+        (torch.zeros(2, 2, 1, 1), {"std": 0.3, "size": 0}, "size=0"),
+    ],
+)
+def test_modes_that_cannot_be_are_refused(means, options, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture.of_means(means, **options)
+
+
 def test_bad_posterior_arguments():
     data = small()
     x = torch.zeros(2, 2, 3, 3)
