@@ -25,7 +25,7 @@ from .coefficients import (
 from .schedule import SCHEDULES, Schedule, Tables
 from .target import TARGETS, Target, TargetOptions
 from .time import TIME_SAMPLERS, build_times, uniform_numbers
-from .weighting import WEIGHTINGS, Level, Weighting
+from .weighting import WEIGHTINGS, Level, Weighting, recoverability
 
 ALLOCATIONS = ("time", "logsnr")
 LOSS_SPACES = ("target", "x0", "eps", "v", "u")
@@ -238,6 +238,22 @@ class Process(Tables):
         self.schedule.check(t)
         return self.schedule.logsnr(t)
 
+    def logsnr_density(self, t: Tensor) -> Tensor:
+        """Density of the drawn times per unit of log-SNR, p(t)*|dt/dlambda|: float64, of t's shape.
+
+        Of the times that `sample_time` really draws: with `as_sampling` of the tilted density. On a discrete schedule
+        it is a step's probability over the log-SNR range nearest to it. Times w, it is the allocation M(lambda) of
+        ERD, remark E.2.
+        """
+        self.schedule.check(t)
+        return self.times.logsnr_density(t)
+
+    def recoverability(self, t: Tensor) -> Tensor:
+        """ERD's omega of this target, not normalised (eq. 110): float64, of t's shape, whatever the weighting is."""
+        self.schedule.check(t)
+        point = self.schedule.point(t)
+        return recoverability(self._level(t, point, self.target(point)))
+
     def target_values(self) -> dict[str, Tensor]:
         """The learnt numbers now, detached and on the device: k; k0 and k1; k over time (k_bins + 1,) with k_min and
         k_max. Empty for a fixed target."""
@@ -297,12 +313,14 @@ class Process(Tables):
             w = w * self.times.importance(t)
         return w.clamp(max=LARGEST_WEIGHT)
 
-    def _rule(self, t: Tensor, point: Point, c: Pair) -> Tensor:
-        """The weighting of an error in the target, not normalised."""
+    def _level(self, t: Tensor, point: Point, c: Pair) -> Level:
         logsnr = self.schedule.logsnr(t)
         ratio = self.times.density_ratio(t) if self.allocation == "logsnr" else None
-        level = Level(point.alpha, point.sigma, *c, logsnr.exp(), logsnr, ratio, self.target_name, *self.rule_options)
-        w = self.weighting.rule(level)
+        return Level(point.alpha, point.sigma, *c, logsnr.exp(), logsnr, ratio, self.target_name, *self.rule_options)
+
+    def _rule(self, t: Tensor, point: Point, c: Pair) -> Tensor:
+        """The weighting of an error in the target, not normalised."""
+        w = self.weighting.rule(self._level(t, point, c))
         if self.weighting.space == "target":
             return w
         return w * (point.alpha / determinant(point.alpha, point.sigma, c)).square()

@@ -151,6 +151,12 @@ class DiscreteSchedule(Schedule):
     def d_logsnr(self, t: Tensor) -> Tensor:
         return self.d_logsnr_table[t]
 
+    def logsnr_widths(self) -> Tensor:
+        """(T,): the log-SNR range nearest to each step, half-way to each neighbour; they add up to the whole range."""
+        steps = -self.logsnr_table.diff()
+        none = steps.new_zeros(1)
+        return 0.5 * (torch.cat([none, steps]) + torch.cat([steps, none]))
+
     def t_from_logsnr(self, logsnr: Tensor) -> Tensor:
         rising = self.logsnr_table.flip(0)
         midpoints = 0.5 * (rising[1:] + rising[:-1])

@@ -104,10 +104,8 @@ class UniformLogsnr(UnitSampler):
         return (self.schedule.d_logsnr(t) / (self.lowest - self.highest)).masked_fill(outside, 0.0)
 
     def pmf(self, schedule: DiscreteSchedule) -> Tensor:
-        steps = -schedule.logsnr_table.diff()
-        none = steps.new_zeros(1)
-        cells = torch.cat([none, steps]) + torch.cat([steps, none])  # half-way to each neighbour, times 2
-        return cells / cells.sum()
+        widths = schedule.logsnr_widths()
+        return widths / widths.sum()
 
 
 def logsnr_window(schedule: ContinuousSchedule) -> tuple[float, float, float, float]:
@@ -141,6 +139,7 @@ class DiscreteTimes(Tables):
     cdf: Tensor
     importance_table: Tensor
     ratio_table: Tensor
+    logsnr_density_table: Tensor
 
     def __init__(self, schedule: DiscreteSchedule, sampler: UnitSampler) -> None:
         super().__init__()
@@ -151,12 +150,14 @@ class DiscreteTimes(Tables):
         self.table("cdf", cumulative(pmf)[1:])
         self.table("ratio_table", (logsnr_pmf / pmf).clamp(max=MAX_DENSITY_RATIO))
         self.table("importance_table", torch.ones_like(pmf))
+        self.table("logsnr_density_table", pmf / schedule.logsnr_widths())
 
     def tilt(self, weights: Tensor) -> None:
         """Draw in proportion to p(t)*weights(t) from now on; weights (T,) >= 0."""
         self.table("cdf", cumulative(self.masses * weights)[1:])
         mean = (self.masses * weights).sum()
         self.table("importance_table", torch.where(weights > 0, mean / weights, 1.0))
+        self.table("logsnr_density_table", self.logsnr_density_table * weights / mean)
 
     def draw(self, u: Tensor) -> Tensor:
         """(B,) float64 in (0, 1) => int64 times."""
@@ -165,6 +166,10 @@ class DiscreteTimes(Tables):
     def importance(self, t: Tensor) -> Tensor:
         """p(t)/q(t), q being what `draw` draws from; 1 before `tilt`."""
         return self.importance_table[t]
+
+    def logsnr_density(self, t: Tensor) -> Tensor:
+        """Probability of drawing t over the log-SNR range nearest to it."""
+        return self.logsnr_density_table[t]
 
     def density_ratio(self, t: Tensor) -> Tensor:
         """Probability of t under uniform log-SNR over that under this distribution, at most 100."""
@@ -221,6 +226,12 @@ class ContinuousTimes(Tables):
         """p(t)/q(t), q being what `draw` draws from; 1 before `tilt`."""
         u = self.sampler.cdf(t.to(torch.float64))
         return 1.0 / self.tilted_density[self.cell(self.edges, u)]
+
+    def logsnr_density(self, t: Tensor) -> Tensor:
+        """Density of what `draw` draws, per unit of log-SNR."""
+        t = t.to(torch.float64)
+        tilt = self.tilted_density[self.cell(self.edges, self.sampler.cdf(t))]
+        return self.sampler.density(t) * tilt / -self.sampler.schedule.d_logsnr(t)
 
     def density_ratio(self, t: Tensor) -> Tensor:
         """Density of uniform log-SNR over that of this distribution, at most 100; held outside [-10, 10]."""

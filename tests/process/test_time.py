@@ -1,5 +1,6 @@
 """Time samplers: distributions, strata, and independence of how the batch is split."""
 
+import itertools
 import math
 
 import pytest
@@ -154,3 +155,45 @@ def test_drawn_times_stay_below_1():
     t = process.sample_time(1 << 16, seed=1, step=1)
     assert t.dtype == torch.float32
     assert t.max() == 1.0 - 2.0**-24
+
+
+DENSITIES = [
+    ("cosine", "uniform", False, 1.0),
+    ("cosine", "logit_normal", True, 1.0),
+    ("ddpm_linear", "uniform_logsnr", False, 2.0),
+    ("flow", "uniform", True, 1.0),
+    ("flow", "logit_normal", False, 2.0),
+    ("vp", "uniform", True, 1.0),
+    ("gvp", "uniform_logsnr", True, 1.0),
+]
+
+
+@pytest.mark.parametrize(("schedule", "sampler", "as_sampling", "noise_scale"), DENSITIES)
+def test_the_density_over_log_snr_is_that_of_the_draws(schedule, sampler, as_sampling, noise_scale):
+    options = {"time_sampler": sampler, "as_sampling": as_sampling, "noise_scale": noise_scale}
+    process = Process(schedule, "v", "erd", **options)
+    drawn = process.logsnr(process.sample_time(1 << 17, seed=3, step=0))
+    if process.discrete:
+        steps = torch.arange(1000)
+        places, density = process.logsnr(steps), process.logsnr_density(steps)
+        widths = torch.gradient(-places)[0]  # half-way to each neighbour
+        widths[[0, -1]] *= 0.5
+        assert float((density * widths).sum()) == pytest.approx(1.0, abs=1e-9)
+        masses, edges = density * widths, torch.linspace(-8.0, 8.0, 17, dtype=torch.float64)
+        share = torch.stack([masses[(places > a) & (places <= b)].sum() for a, b in itertools.pairwise(edges)])
+    else:
+        edges = torch.linspace(-8.0, 8.0, 17, dtype=torch.float64)
+        fine = torch.linspace(-8.0, 8.0, 16 * 400 + 1, dtype=torch.float64)
+        density = process.logsnr_density(process.schedule.t_from_logsnr(fine))
+        cells = 0.5 * (density[1:] + density[:-1]) * fine.diff()
+        share = cells.view(16, 400).sum(1)
+    found = torch.stack([((drawn > a) & (drawn <= b)).double().mean() for a, b in itertools.pairwise(edges)])
+    assert share.sum() > 0.5
+    assert (found - share).abs().max() < 5 * math.sqrt(0.25 / (1 << 17))
+
+
+def test_weight_times_density_is_the_same_drawn_or_multiplied():
+    for schedule, times in (("cosine", torch.arange(1000)), ("flow", torch.linspace(0.001, 0.999, 500).double())):
+        weighed, drawn = (Process(schedule, "x0", "erd", as_sampling=each) for each in (False, True))
+        products = [p.coefficients(times, torch.float64).w * p.logsnr_density(times) for p in (weighed, drawn)]
+        torch.testing.assert_close(products[0], products[1], rtol=1e-9, atol=1e-12)

@@ -279,3 +279,13 @@ def test_normalised_weights_follow_a_learnable_target():
     (through_mean,) = torch.autograd.grad(process.coefficients(drawn(process, 1 << 14)).w.mean(), w_k)
     assert abs(through_w) > 1e-3
     assert abs(through_mean) < 1e-5
+
+
+@pytest.mark.parametrize("weighting", ["erd", "min_snr"])
+def test_recoverability_is_omega_whatever_the_weighting(weighting):
+    t = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    wanted = {"x0": 1 - t, "eps": t, "u": ((1 - t) ** 2 + t**2).sqrt(), "score": torch.ones(3, dtype=torch.float64)}
+    for target, omega in wanted.items():
+        torch.testing.assert_close(Process("flow", target, weighting).recoverability(t), omega)
+    with pytest.raises(ValueError, match="continuous schedule"):
+        Process("flow").recoverability(torch.tensor([3]))
