@@ -354,6 +354,10 @@ class ADMUNet(Backbone):
         """All but the stem: down, middle, up."""
         return [*list(self.input_blocks)[1:], self.middle_block, *self.output_blocks]
 
+    def readout(self) -> nn.Module:
+        """The last norm, SiLU and convolution."""
+        return self.out
+
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None, *, key: NoiseKey | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C_out, H, W). `key` is for training with dropout, and needed there.
 

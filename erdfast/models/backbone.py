@@ -252,6 +252,14 @@ class Backbone(nn.Module):
         """The blocks in running order: the units of sharding, compiling and recomputing."""
         raise NotImplementedError
 
+    def readout(self) -> nn.Module:
+        """The module that turns the features of an image into the prediction: its first input are the features.
+
+        They are what the last block made, before the final norm: (B, L, D), the patches' tokens alone, or
+        (B, D, H, W). A forward pre-hook sees them.
+        """
+        raise NotImplementedError
+
     def check_inputs(self, x: Tensor, time: Tensor, y: Tensor | None) -> None:
         """Raise ValueError unless shapes and dtypes are those of `forward`; never looks at values."""
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:

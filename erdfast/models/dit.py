@@ -141,6 +141,10 @@ class AdaLNTransformer(Backbone):
         """The blocks in order."""
         return list(self.blocks)
 
+    def readout(self) -> nn.Module:
+        """The final layer."""
+        return self.final_layer
+
     def patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) => (B, L, D), with their positions."""
         return self.x_embedder(x) + self.pos_embed

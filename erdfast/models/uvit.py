@@ -141,6 +141,10 @@ class UViT(Backbone):
         """First half, middle block, second half."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
+    def readout(self) -> nn.Module:
+        """The final norm."""
+        return self.norm
+
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C, H, W)."""
         self.check_inputs(x, time, y)
