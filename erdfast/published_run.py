@@ -14,8 +14,9 @@ from torch import Tensor
 
 from erdfast import presets
 from erdfast.config import ProcessConfig, TrainConfig
-from erdfast.data import Dataset
+from erdfast.data import Dataset, open_dataset
 from erdfast.data.absent import AbsentData
+from erdfast.data.dataset import format_classes
 from erdfast.models import Backbone, load_published
 from erdfast.models.published import SUFFIXES
 from erdfast.process import Process
@@ -131,6 +132,33 @@ def open_published(
     dataset = AbsentData(network.input_shape, network.num_classes)
     config = TrainConfig(process=process)
     return PublishedRun(path.stem, config, 0, dataset, network.to(device), built, policy)
+
+
+def with_data(run: PublishedRun, data: str) -> PublishedRun:
+    """The same network with other data, or with some for a published checkpoint, which has none.
+
+    Args:
+        run: of either kind.
+        data: as erdfast.train takes it. A mixture has the network's classes, and the run's seed.
+
+    Raises:
+        ValueError: it cannot be read, or does not suit the network.
+    """
+    network = run.model
+    mixture = data == "mixture" or data.startswith("mixture:")
+    dataset = open_dataset(
+        data,
+        shape=network.input_shape,
+        num_classes=network.num_classes if mixture else None,
+        seed=run.config.seed,
+        latent_scale=run.config.latent_scale,
+    )
+    if not len(dataset):
+        raise ValueError(f"data {data} is empty")
+    classes = dataset.num_classes
+    if network.num_classes and (classes > network.num_classes or (not classes and network.null_class is None)):
+        raise ValueError(f"data {data} has {format_classes(classes)}, and {run.name} is for {network.num_classes:,}")
+    return run._replace(dataset=dataset, config=dataclasses.replace(run.config, data=data))
 
 
 def _run_of(path: Path) -> Path | None:
