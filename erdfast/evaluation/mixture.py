@@ -62,10 +62,17 @@ class KnownMixture:
             x: (B, C, H, W), on any device.
             labels: (B,) int64 on the CPU.
         """
-        place = self.features(x)[:, : self._means.shape[1]]
-        modes = torch.softmax(torch.cdist(place, self._means).square() / (-2.0 * self._std**2), dim=1)
+        modes = torch.softmax(self._distances(x).square() / (-2.0 * self._std**2), dim=1)
         classes = modes.new_zeros(len(x), self._num_classes).index_add_(1, self._mode_class, modes)
         return int((classes.argmax(1) == labels).sum())
+
+    def nearest_modes(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), on any device => (B,) int64 on the CPU: the mode from which each is most likely."""
+        return self._distances(x).argmin(1)
+
+    def _distances(self, x: Tensor) -> Tensor:
+        """(B, J) from each mode's mean, within the directions in which the modes differ."""
+        return torch.cdist(self.features(x)[:, : self._means.shape[1]], self._means)
 
     def _closed_form(self) -> Gaussian:
         mean = self._means.mean(0)

@@ -1,0 +1,111 @@
+"""`python -m erdfast.experiments.weighting --out DIR`: what a loss weighting changes, where the best possible is known.
+
+Mixtures of 40 modes have a closed-form posterior: how far a network is from the best prediction is exact at every noise
+level, and so is the distribution that samples are compared with. A small DiT and a small U-ViT are trained on them with
+each weighting, target and several seeds; and a DiT on the digits. Every cell is a file of its own in DIR/cells, so
+that a run that is stopped goes on where it was; results.json, weighting*.png and weighting.md sum them up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+from erdfast import cli
+from erdfast.atomic import write_text
+from erdfast.cells import read_cell, run_missing
+from erdfast.training.run_directory import describe_environment
+
+from .weighting_cells import TARGETS, WEIGHTINGS, Cell, run_cell
+
+STD = 0.4
+"""Spread within a mode, if not varied."""
+Study = dict[str, Any]
+SMALL: Study = {"data": "mixture_4x8x8", "steps": 800, "batch": 64}
+LARGE: Study = {"data": "mixture_4x32x32", "steps": 600, "batch": 16, "samples": 250}
+STUDIES: dict[str, list[Study]] = {
+    "cpu": [
+        {**SMALL, "std": STD, "network": "dit"},
+        {**SMALL, "std": STD, "network": "uvit"},
+        {**LARGE, "std": STD, "network": "dit"},
+        {"data": "digits", "std": 0.0, "network": "dit", "steps": 1200, "batch": 64},
+        {**LARGE, "std": STD, "network": "uvit"},
+        {**SMALL, "std": 0.2, "network": "dit"},
+        {**SMALL, "std": 0.7, "network": "dit"},
+    ],
+    "gpu": [
+        {"data": "mixture_4x32x32", "std": STD, "network": "dit_s2", "steps": 4000, "batch": 128, "samples": 2000},
+    ],
+}
+"""By scale, in order of interest: each with every target and weighting."""
+SEEDS = {"cpu": (0, 1, 2), "gpu": (0, 1, 2, 3, 4)}
+QUICK: list[Study] = [
+    {"data": "mixture_4x8x8", "std": STD, "network": "dit", "steps": 40, "batch": 32, "samples": 40},
+    {"data": "digits", "std": 0.0, "network": "dit", "steps": 40, "batch": 32, "samples": 40},
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightingConfig:
+    """Train with each loss weighting on problems whose best possible prediction is known, and compare."""
+
+    out: Path
+    """Folder of the results; cells that are there already are kept."""
+    scale: Literal["cpu", "gpu"] = "cpu"
+    """cpu: small networks, hours on two cores. gpu: networks of DiT-S/2's size on 4x32x32, five seeds."""
+    quick: bool = False
+    """A few short cells: shows that it works, in two minutes; its numbers mean little."""
+    workers: int = 2
+    """Processes, of one thread each; 1 for a GPU."""
+    only_report: bool = False
+    """Train nothing: sum up the cells that are there."""
+
+    def validate(self) -> None:
+        """Raise ValueError for options out of range or that do not go together."""
+        if not 1 <= self.workers <= 64:
+            raise ValueError(f"workers is {self.workers}; it must be at least 1 and at most 64")
+        if self.quick and self.scale == "gpu":
+            raise ValueError("--quick is of --scale cpu; leave one of them out")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run what is missing, sum up; returns the exit code."""
+    from .weighting_report import write_report
+
+    config = cli.parse(WeightingConfig, argv, program="erdfast.experiments.weighting")
+    config.validate()
+    cells = list(planned_cells(config.scale, quick=config.quick))
+    if not config.only_report:
+        run_missing(run_cell, cells, config.out / "cells", config.workers)
+    found = [result for cell in cells if (result := read_cell(config.out / "cells", cell)) is not None]
+    if not found:
+        raise ValueError(f"{config.out / 'cells'} holds no cell of this experiment: leave --only-report out")
+    extra = " --quick" if config.quick else "" if config.scale == "cpu" else f" --scale {config.scale}"
+    command = f"python -m erdfast.experiments.weighting --out {config.out}{extra}"
+    results = {
+        "date": date.today().isoformat(),
+        "environment": describe_environment() | {"command": command},
+        "planned": len(cells),
+        "cells": found,
+    }
+    write_text(config.out / "results.json", json.dumps(results, separators=(",", ":")) + "\n")
+    names = write_report(results, config.out)
+    print(f"written: {config.out}/results.json, {', '.join(names)}")
+    return 0
+
+
+def planned_cells(scale: str, *, quick: bool = False) -> Iterator[Cell]:
+    """Each once: study after study, within it seed after seed."""
+    for study in QUICK if quick else STUDIES[scale]:
+        for seed in (0,) if quick else SEEDS[scale]:
+            for target in TARGETS[:1] if quick else TARGETS:
+                for weighting in ("constant", "erd") if quick else WEIGHTINGS:
+                    yield Cell(**study, target=target, weighting=weighting, seed=seed)
+
+
+if __name__ == "__main__":
+    cli.run(main, "erdfast.experiments.weighting")
