@@ -20,9 +20,9 @@ from torch import Tensor
 
 from erdfast.process import Process
 
-_GRID = 129
+_GRID = 65
 """Values of k among which the least loss is first looked for."""
-_HALVINGS = 60
+_HALVINGS = 45
 _LARGEST_LOGIT = 16.0
 """k is looked for from 1e-7 to 1 - 1e-7."""
 
