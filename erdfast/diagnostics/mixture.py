@@ -55,7 +55,7 @@ class Mixture:
             raise ValueError(f"time_scale is {self.time_scale}; it must be above 0 and at most 10000")
 
 
-def run(options: Mixture, about: Mapping[str, Any]) -> None:
+def diagnose_mixture(options: Mixture, about: Mapping[str, Any]) -> None:
     """Train what is missing, measure, draw; prints where the page is.
 
     Args:

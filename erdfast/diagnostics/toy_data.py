@@ -5,6 +5,7 @@ Samples are pictures of two channels and one pixel, (B, 2, 1, 1), so that the pa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -74,17 +75,23 @@ class Points(NamedTuple):
 
 def held_out(task: Task, at: float, per_mode: int, seed: int) -> Points:
     """The same samples and noise for every task and time."""
-    data = toy_mixture(seed)
-    ids = FIRST_HELD_OUT + torch.arange(8 * per_mode + 64)  # twice as many as are needed: each mode has its share
-    modes = data.modes(ids)
-    ids = torch.cat([ids[modes == mode][:per_mode] for mode in range(4)])
-    x0, mode, _ = data.gather(ids)
+    x0, mode, ids = _samples(per_mode, seed)
     coef = task.coefficients(torch.full((len(ids),), at))
     key = NoiseKey(seed, HELD_OUT_STREAM, ids)
     x_t = add_noise(x0, coef, key)
     y = add_noise(x0, coef._replace(alpha=coef.c_x, sigma=coef.c_eps), key)
-    best = data.target_mean(x_t, coef.alpha, coef.sigma, coef.c_x, coef.c_eps)
+    best = toy_mixture(seed).target_mean(x_t, coef.alpha, coef.sigma, coef.c_x, coef.c_eps)
     return Points(x_t, y, best, mode, coef.time)
+
+
+@cache
+def _samples(per_mode: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, 2, 1, 1) samples, their modes and ids, ordered by mode; to be left as they are."""
+    data = toy_mixture(seed)
+    ids = FIRST_HELD_OUT + torch.arange(8 * per_mode + 64)  # twice as many as are needed: each mode has its share
+    modes = data.modes(ids)
+    ids = torch.cat([ids[modes == mode][:per_mode] for mode in range(4)])
+    return data.gather(ids).x, modes[ids - FIRST_HELD_OUT], ids
 
 
 def bayes_floor(task: Task, times: Tensor, seed: int, num_samples: int = 20_000) -> Tensor:

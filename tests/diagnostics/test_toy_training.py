@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ def small(seed: int = 0) -> ToyNetwork:
     return ToyNetwork(width=16)
 
 
-def training(network: ToyNetwork, target: str = "eps", **options) -> ToyTraining:
-    return ToyTraining(network, Task("flow", target), **{"batch": 32, "seed": 7} | options)
+def training(network: ToyNetwork, target: str = "eps", **options: Any) -> ToyTraining:
+    own: dict[str, Any] = {"batch": 32, "seed": 7}
+    return ToyTraining(network, Task("flow", target), **(own | options))
 
 
 def values(network: ToyNetwork) -> torch.Tensor:
