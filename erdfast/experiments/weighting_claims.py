@@ -1,0 +1,201 @@
+"""What the documents claim about weightings, and what the weighting experiment saw, a line each, with its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
+
+import numpy as np
+
+from .weighting_cells import TARGETS, WEIGHTINGS
+from .weighting_statistics import (
+    BASELINE,
+    Result,
+    excess_in,
+    final_excess,
+    final_frechet,
+    last,
+    of_study,
+    ranking,
+    ratio,
+    sample_value,
+    select,
+    studies,
+)
+
+IN_PAPER = ("constant", "min_snr", "p2", "erd")
+"""The weightings of ERD's figure 6."""
+Measure = Callable[[Result], float]
+
+
+def claims(cells: Sequence[Result]) -> list[list[str]]:
+    """Rows of (claim, where it is made, what was seen); a claim on what was not trained says so."""
+    mixtures = [cell for cell in cells if cell["data"] != "digits"]
+    rows = [
+        (
+            "ERD has the lowest FID of baseline, Min-SNR, P2 and ERD for eps, x0 and v prediction",
+            "ERD, fig. 6",
+            _first_places(cells, final_frechet, "Frechet distance"),
+        ),
+        ("... throughout the training", "ERD, sec. 4.3", _first_places_along(cells)),
+        ("ERD improves on no weighting, for DiT and U-ViT alike", "ERD, tables 1, 3", _improves(cells)),
+        (
+            "Weighting by recoverability brings networks closer to the best prediction",
+            "ERD, sec. 3.4",
+            _first_places(mixtures, final_excess, "excess"),
+        ),
+        (
+            "Less weight where the target is poorly recoverable helps elsewhere",
+            "ERD, prop. 3.7, sec. 3.4",
+            _elsewhere(mixtures),
+        ),
+        (
+            "Excess is least where the floor is high and massive where it is low",
+            "ERD, sec. F.2",
+            _excess_against_floor(mixtures),
+        ),
+        (
+            "What counts is the allocation over log-SNR, not over time",
+            "ERD, remark E.2",
+            _pair(cells, "erd_logsnr", "erd"),
+        ),
+        (
+            "Drawing times by the weight is weighting with a lower variance",
+            "this project",
+            _pair(cells, "erd_sampled", "erd"),
+        ),
+    ]
+    return [list(row) for row in rows]
+
+
+def _groups(cells: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """(target, its cells) of every study."""
+    for study in studies(cells):
+        for target in TARGETS:
+            if own := select(of_study(cells, study), target=target):
+                yield target, own
+
+
+def _first_places(cells: Sequence[Result], measure: Measure, name: str) -> str:
+    """By target, in how many studies ERD is first among the paper's four, and its place among all."""
+    parts = []
+    for target in TARGETS:
+        groups = [own for t, own in _groups(cells) if t == target and _has(own, IN_PAPER)]
+        firsts = sum(_order(own, measure, IN_PAPER)[0] == "erd" for own in groups)
+        if groups:
+            winners = [ranking(own, measure)[0] for own in groups]
+            often = max(dict.fromkeys(winners), key=winners.count)
+            parts.append(
+                f"{target}: first in {firsts} of {len(groups)} studies (of all weightings {often} is most often first)"
+            )
+    return f"By {name}, " + "; ".join(parts) if parts else "not trained"
+
+
+def _first_places_along(cells: Sequence[Result]) -> str:
+    counts: dict[int, list[bool]] = {}
+    for _, own in _groups(cells):
+        if _has(own, IN_PAPER):
+            for number in range(len(own[0]["curve"])):
+                first = _order(own, lambda cell, n=number: sample_value(cell["curve"][n], "frechet"), IN_PAPER)[0]
+                counts.setdefault(number, []).append(first == "erd")
+    if not counts:
+        return "not trained"
+    named = ("a quarter", "half", "all")[-len(counts) :]
+    parts = [f"{sum(hits)} of {len(hits)} after {name}" for name, hits in zip(named, counts.values(), strict=True)]
+    return "First in " + ", ".join(parts) + " of the training (studies times targets)"
+
+
+def _improves(cells: Sequence[Result]) -> str:
+    parts = []
+    for network, name in (("dit", "DiT"), ("uvit", "U-ViT"), ("dit_s2", "DiT-S/2")):
+        of_network = [cell for cell in cells if cell["network"] == network]
+        found = [ratio(own, "erd", final_frechet) for _, own in _groups(of_network)]
+        ratios = [r for r in found if r is not None]
+        if ratios:
+            better, count = sum(r.better for r in ratios), sum(r.count for r in ratios)
+            parts.append(
+                f"{name}: Frechet distance times {_middle([r.value for r in ratios])}, "
+                f"lower in {better} of {count} runs"
+            )
+    return "; ".join(parts) or "not trained"
+
+
+def _elsewhere(cells: Sequence[Result]) -> str:
+    """ERD takes weight from low noise for eps, from high noise for x0: what becomes of the other end, and of that."""
+    parts = []
+    for target, taken, other in (("eps", "low noise", "high noise"), ("x0", "high noise", "low noise")):
+        values = []
+        for band in (other, taken):
+            found = [ratio(own, "erd", _band(band)) for t, own in _groups(cells) if t == target]
+            values.append([r.value for r in found if r is not None])
+        if values[0]:
+            parts.append(
+                f"{target}: excess at {other} times {_middle(values[0])}, "
+                f"at {taken}, from where weight was taken, times {_middle(values[1])}"
+            )
+    return "; ".join(parts) or "not trained"
+
+
+def _excess_against_floor(cells: Sequence[Result]) -> str:
+    """Rank correlation over noise levels of excess and floor, both in the network's own target, without weighting."""
+    parts = []
+    for target in TARGETS:
+        found = []
+        for cell in select(cells, target=target, weighting=BASELINE):
+            point = last(cell)
+            factor = [_own_space(target, at) for at in point["logsnr"]]
+            excess = [f * x for f, x in zip(factor, point["v_excess"], strict=True)]
+            floor = [f * x for f, x in zip(factor, point["v_floor"], strict=True)]
+            found.append(rank_correlation(excess, floor))
+        if found:
+            parts.append(f"{target} {mean(found):+.2f}")
+    return f"Rank correlation of excess and floor in the own target: {', '.join(parts)}" if parts else "not trained"
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's, for numbers of which no two are equal."""
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _own_space(target: str, logsnr: float) -> float:
+    """From an error in v to one in the target, squared, on a variance-preserving schedule."""
+    if target == "v":
+        return 1.0
+    return 1.0 / (1.0 + math.exp(logsnr if target == "x0" else -logsnr))
+
+
+def _pair(cells: Sequence[Result], first: str, second: str) -> str:
+    """One weighting over another: excess and Frechet distance, geometric means over studies, targets and seeds."""
+    parts = []
+    for name, measure, own_cells in (
+        ("excess", final_excess, [cell for cell in cells if cell["data"] != "digits"]),
+        ("Frechet distance", final_frechet, list(cells)),
+    ):
+        logs = [x for _, own in _groups(own_cells) for x in _log_ratios(own, first, second, measure)]
+        if logs:
+            lower = sum(x < 0 for x in logs)
+            parts.append(f"{name} times {math.exp(mean(logs)):.2f}, lower in {lower} of {len(logs)} runs")
+    return f"{first} against {second}: " + "; ".join(parts) if parts else "not trained"
+
+
+def _log_ratios(cells: Sequence[Result], first: str, second: str, measure: Measure) -> list[float]:
+    values = [{c["seed"]: measure(c) for c in select(cells, weighting=weighting)} for weighting in (first, second)]
+    return [math.log(values[0][seed] / values[1][seed]) for seed in values[0] if seed in values[1]]
+
+
+def _order(cells: Sequence[Result], measure: Measure, among: Sequence[str]) -> list[str]:
+    return [weighting for weighting in ranking(cells, measure) if weighting in among]
+
+
+def _has(cells: Sequence[Result], wanted: Sequence[str]) -> bool:
+    return set(wanted) <= {cell["weighting"] for cell in cells} <= set(WEIGHTINGS)
+
+
+def _band(band: str) -> Measure:
+    return lambda cell: excess_in(last(cell), band)
+
+
+def _middle(values: Sequence[float]) -> str:
+    return f"{math.exp(mean(map(math.log, values))):.2f}"

@@ -1,0 +1,156 @@
+"""The weighting experiment's tables and its list of claims, from its results and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from erdfast.atomic import write_text
+from erdfast.diagnostics.report import markdown_table
+
+from .weighting_cells import TARGETS, WEIGHTINGS
+from .weighting_claims import claims
+from .weighting_figures import draw_excess, draw_samples, draw_training, title_of
+from .weighting_statistics import (
+    BANDS,
+    BASELINE,
+    Ratio,
+    Result,
+    excess_in,
+    final_excess,
+    final_frechet,
+    last,
+    of_study,
+    over_seeds,
+    ratio,
+    sample_value,
+    select,
+    studies,
+)
+
+EXPLAINED = """\
+Every network is trained with AdamW at a constant rate and measured by its averaged weights; samples of a mixture are
+drawn given the label, without guidance, by EDM's Heun sampler, those of digits with guidance 2 where they are
+recognised. Noise levels: `cosine`, 1000 times. Excess: the mean squared distance from the best possible prediction
+E[target | x_t, label], which is known, over the Bayes floor at that noise level: the same number whatever the space;
+0.1 is a loss 10% above the least possible. Averages over noise levels are geometric, over log-SNR 8 to -8 (low noise:
+above 2.5, high noise: below -2.5). Frechet distance: from the mixture's own mean and covariance, in the directions in
+which modes differ and the length of the rest. Mode imbalance: total variation between the 40 modes' shares and equal
+ones. Recognised: samples whose most likely class is the one asked for. (+-) is the standard deviation over seeds. A
+ratio is the geometric mean of a weighting's number over that of `constant` with the same seed; in brackets one standard
+deviation of the seeds around it.
+"""
+
+
+def write_report(results: dict[str, Any], out: Path) -> list[str]:
+    """The figures and weighting.md beside results.json; returns the files' names.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    cells = results["cells"]
+    names = []
+    mixtures = [cell for cell in cells if cell["data"] != "digits"]
+    if mixtures:
+        draw_excess(mixtures, out / "weighting_excess.png")
+        names.append("weighting_excess.png")
+    draw_samples(cells, out / "weighting_samples.png")
+    draw_training(cells, out / "weighting_training.png")
+    names += ["weighting_samples.png", "weighting_training.png"]
+    write_text(out / "weighting.md", render(results, names))
+    return [*names, "weighting.md"]
+
+
+def render(results: dict[str, Any], figures: Sequence[str] = ()) -> str:
+    """All tables as Markdown."""
+    cells = results["cells"]
+    where = results["environment"]
+    parts = [
+        "# What a loss weighting changes\n",
+        f"`{where['command']}`: {len(cells)} of {results['planned']} trainings; erdfast {where['erdfast']}, torch "
+        f"{where['torch']}, {where['device']}, {results['date']}, commit `{where['commit']}`.\n",
+        EXPLAINED,
+        *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in figures),
+        "## What the documents claim and what was seen\n",
+        markdown_table([["claim", "from", "seen"], *claims(cells)]),
+        "## Against no weighting\n",
+        ratio_table(cells),
+    ]
+    for study in studies(cells):
+        own = of_study(cells, study)
+        first = own[0]
+        seeds = len({cell["seed"] for cell in own})
+        parts.append(f"## {title_of(study)}\n")
+        parts.append(
+            f"{first['steps']:,} steps of {first['batch']} samples, {seeds} seed{'s' if seeds > 1 else ''}, "
+            f"{first['samples']} samples drawn.\n"
+        )
+        for target in TARGETS:
+            chosen = select(own, target=target)
+            if chosen:
+                parts += [f"### {target}\n", study_table(chosen)]
+    return "\n".join(parts)
+
+
+def study_table(cells: Sequence[Result]) -> str:
+    """One study and target: a row for each weighting."""
+    mixture = cells[0]["data"] != "digits"
+    columns = sample_columns(cells[0])
+    bands = BANDS if mixture else {}
+    rows = [["weighting", *(f"excess, {band}" for band in bands), *columns]]
+    for weighting in WEIGHTINGS:
+        own = [last(cell) for cell in select(cells, weighting=weighting)]
+        if own:
+            excess = [with_spread([excess_in(point, band) for point in own]) for band in bands]
+            rows.append([weighting, *excess, *(with_spread([read(p) for p in own]) for read in columns.values())])
+    perfect = [last(cell)["samples"]["perfect"] for cell in select(cells, weighting=cells[0]["weighting"])]
+    if mixture:
+        at_best = [with_spread([p[name] for p in perfect]) for name in ("frechet", "mode_imbalance", "recognised")]
+        best = [*at_best[:1] * (len(columns) - 2), *at_best[1:]]
+    else:
+        best = [with_spread([p["frechet"] for p in perfect]), "1"]
+    rows.append(["perfect samples", *["0"] * len(bands), *best])
+    return markdown_table(rows)
+
+
+def sample_columns(cell: Result) -> dict[str, Callable[[Result], float]]:
+    """Title and number of what is known of a study's samples."""
+    steps = [name for name in last(cell)["samples"] if name != "perfect"]
+    columns: dict[str, Callable[[Result], float]] = {
+        f"Frechet, {name} steps": lambda point, name=name: sample_value(point, "frechet", name) for name in steps
+    }
+    if cell["data"] != "digits":
+        columns["mode imbalance"] = lambda point: sample_value(point, "mode_imbalance", steps[-1])
+    columns["recognised"] = lambda point: sample_value(point, "recognised", steps[-1])
+    return columns
+
+
+def ratio_table(cells: Sequence[Result]) -> str:
+    """Excess and Frechet distance of every weighting over those of `constant`, by study and target."""
+    others = [weighting for weighting in WEIGHTINGS if weighting != BASELINE]
+    rows = [["study", "target", "of", *others]]
+    for study in studies(cells):
+        for target in TARGETS:
+            own = select(of_study(cells, study), target=target)
+            measures: dict[str, Callable[[Result], float]] = {"Frechet": final_frechet}
+            if study[0] != "digits":
+                measures = {"excess": final_excess} | measures
+            for name, measure in measures.items():
+                found = [ratio(own, weighting, measure) for weighting in others]
+                if any(found):
+                    rows.append([title_of(study), target, name, *map(format_ratio, found)])
+    return markdown_table(rows)
+
+
+def format_ratio(value: Ratio | None) -> str:
+    """0.62 (0.58-0.66)."""
+    if value is None:
+        return ""
+    return f"{value.value:.2f}" + (f" ({value.low:.2f}-{value.high:.2f})" if value.count > 1 else "")
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Three digits and, with several seeds, their standard deviation."""
+    middle, spread = over_seeds(values)
+    return f"{middle:.3g}" + (f" (+-{spread:.2g})" if len(values) > 1 else "")
