@@ -59,7 +59,8 @@ stages() {
     profile_dit_b2 "the same" \
     profile_jit_b16 "the same: the share of the loss at pixels" \
     loader "reading shuffled latents beside others' ways, on the processor" \
-    digits "the digits recipe and its quality"
+    digits "the digits recipe and its quality" \
+    weighting "loss weightings on mixtures, DiT-S/2: as many trainings as the time allows, then the next time"
 }
 
 run() { # one bounded command; a stage goes on without it and fails at its end
@@ -163,6 +164,17 @@ digits() {
   fi
 }
 
+weighting() { # goes on where the cells in its folder end: bring them back with the results, and call it again
+  if [ -n "$dry" ]; then
+    run "$python" -m erdfast.experiments.weighting --quick --workers 1 --out "$logs/weighting"
+  else
+    local results
+    results=bench/results/$("$python" -c 'from bench.device import device_name; print(device_name())')/weighting
+    run "$python" -m erdfast.experiments.weighting --scale gpu --out "$results"
+    run "$python" -m erdfast.experiments.weighting --scale gpu --out "$results" --only-report
+  fi
+}
+
 stage() {
   case $1 in
     check) check ;;
@@ -176,6 +188,7 @@ stage() {
     profile_*) profile "${1#profile_}" ;;
     loader) loader ;;
     digits) digits ;;
+    weighting) weighting ;;
   esac
 }
 

@@ -38,7 +38,7 @@ STUDIES: dict[str, list[Study]] = {
         {**SMALL, "std": 0.7, "network": "dit"},
     ],
     "gpu": [
-        {"data": "mixture_4x32x32", "std": STD, "network": "dit_s2", "steps": 4000, "batch": 128, "samples": 2000},
+        {"data": "mixture_4x32x32", "std": STD, "network": "dit_s2", "steps": 1000, "batch": 128, "samples": 1000},
     ],
 }
 """By scale, in order of interest: each with every target and weighting."""
