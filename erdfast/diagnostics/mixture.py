@@ -258,7 +258,8 @@ SECTIONS = (
         "gram",
         "Gram matrices of the tangent kernel",
         "Cosines between the Jacobians of points, ordered by mode. The paper (fig. 12): blocks of aligned points at "
-        "low noise, near orthogonal to each other; one uniform block at high noise.",
+        "low noise, near orthogonal to each other; one uniform block at high noise. Where x_t does not tell the mode "
+        "there can be no blocks of modes; uniform means that cosines between them are near 1.",
         toy_figures.draw_grams,
         _grams,
         ("grams",),

@@ -76,9 +76,10 @@ CASES = [
     ("u_shape", trained("v", **spectrum(U)), None, None),
     ("rank", trained(**spectrum(U, [9.0, 8.0, 5.0, 4.0, 3.0])), 0.5, True),
     ("rank", trained(**spectrum(U, [9.0, 8.0, 5.0, 6.0, 3.0])), 0.75, False),
-    ("gram", trained(), 0.1, True),
-    ("gram", trained(**kernels(grams=[{"within": 0.9, "between": 0.1}, {"within": 0.7, "between": 0.2}])), 0.5, False),
-    ("gram", trained(**kernels(grams=[{"within": 0.9, "between": 0.8}, {"within": 0.9, "between": 0.9}])), 1.0, False),
+    ("blocks", trained(), 0.8, True),
+    ("blocks", trained(**kernels(grams=[{"within": 0.9, "between": 0.5}, {}])), 0.4, False),
+    ("uniform", trained(), 0.8, True),
+    ("uniform", trained(**kernels(grams=[{}, {"within": 0.7, "between": 0.7}])), 0.7, False),
 ]
 
 
@@ -131,9 +132,9 @@ def test_tables_hold_every_process_and_target():
     assert judged["u_shape"]["vp"].keys() == {"eps"}
     table = claims_table(judged)
     assert len(table) == 1 + len(CLAIMS)
-    assert {len(row) for row in table} == {5}
+    assert {len(row) for row in table} == {4}
     (row,) = (row for row in table if "entangled" in row[0])
-    assert row[2] == "eps yes (0.3), x0 yes (0.3), v yes (0.3), u yes (0.3)"
+    assert row[1] == "eps yes (0.3), x0 yes (0.3), v yes (0.3), u yes (0.3)"
     summary = summary_table(found)
     assert [row[0] for row in summary[1:]] == [f"{process}, {target}" for process in PROCESSES for target in TARGETS]
     assert {len(row) for row in summary} == {len(summary[0])}
