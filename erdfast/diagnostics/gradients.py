@@ -113,7 +113,8 @@ def _group_gradient(
         parameters = [p for p in subject.model.parameters() if p.requires_grad]
         # Embeddings of what a run does not use have no gradient.
         gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
-    return [gradient.float() / scale for gradient in gradients]
+    wide = [gradient.float() for gradient in gradients]
+    return wide if scale == 1.0 else [gradient.div_(scale) for gradient in wide]
 
 
 class Folding:

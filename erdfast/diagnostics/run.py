@@ -143,7 +143,8 @@ def _about_levels(runs: Sequence[Measured], settings: Settings) -> str:
         f"Averaged weights, measured on {settings.num_samples:,} images and {settings.grad_samples:,} for gradients at "
         f"{len(runs[0].levels.logsnr)} noise levels, equally spaced in log-SNR over what all the schedules reach "
         "within [-10, 10]: images, noise and levels are the same for all runs. Errors are those on the run's data, "
-        f"which it may have been trained on ({'; '.join(sorted(data))})."
+        f"which it may have been trained on ({'; '.join(sorted(data))}). The networks compute in "
+        f"{' and '.join(sorted({run.subject.precision.name for run in runs}))}."
     )
     if len(data) > 1:
         text += " The runs' data differ: their errors do too, whatever the networks are."
