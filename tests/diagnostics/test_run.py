@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.container import ErrorbarContainer
+from safetensors.torch import save_file
 
 from erdfast import diagnose
 from erdfast.diagnostics.allocation import allocate
@@ -127,6 +128,8 @@ def test_held_out_data(runs, tmp_path):
 def test_what_is_wrong_is_one_line(runs, published, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "taken").write_text("a file")
+    labels = {"latents": torch.zeros(13, 4, 8, 8), "labels": torch.arange(13)}
+    save_file(labels, tmp_path / "labelled.safetensors")
     started = tmp_path / "started"
     started.mkdir()
     (started / "config.json").write_bytes((runs["eps"] / "config.json").read_bytes())
@@ -141,6 +144,7 @@ def test_what_is_wrong_is_one_line(runs, published, tmp_path, capsys):
         (runs["eps"], tmp_path / "digits", *out): "eps is for 4x8x8, digits is for 1x8x8",
         (runs["eps"], runs["eps"], *out): "named twice",
         (runs["eps"], "--data", "nothing", *out): "unknown data 'nothing'",
+        (runs["eps"], "--data", tmp_path / "labelled.safetensors", *out): "has 13 classes, and uvit_tiny is for 10",
         (runs["eps"], "--family", "dit", *out): "family is for published checkpoints",
         (runs["eps"], "--num-levels", "1", *out): "num_levels is 1",
         (runs["eps"], "--precision", "fp8", *out): "fp8",
