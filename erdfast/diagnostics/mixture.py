@@ -109,10 +109,10 @@ def write_page(cells: Sequence[Mapping[str, Any]], out: Path, about: Mapping[str
     report.heading(
         "What was found",
         f"Four targets on three processes, {first['iterations']:,} iterations of {first['batch']} samples each: one "
-        f"network for all times, and {BINS} networks of one fifth of them. u is eps - x0 on every process. The excess "
-        "is the mean squared distance per element from E[y | x_t], which is known: what the error exceeds the Bayes "
-        "floor by. Untrained: the same network before its first step, on the same points: what is there already is "
-        "not made by training.",
+        f"network for all times, and {BINS} networks for one bin of them each. u is eps - x0 on every process. The "
+        "excess is the mean squared distance per element from E[y | x_t], which is known: what the error exceeds the "
+        "Bayes floor by. Untrained: the same network before its first step, on the same points: what is there already "
+        "is not made by training.",
     )
     report.table(claims_table(judged), "What the paper says (appendix F), and where it came out so")
     report.table(summary_table(trained), "Numbers by process and target")
@@ -147,10 +147,16 @@ def _losses(by_target: Mapping[str, Trained]) -> str:
         whole, bins, early = (mean(it.curve(name)) for name in ("excess", "bins_excess", "early_excess"))
         return f"{short(whole / bins)} ({short(whole / early)} from as many samples in all)"
 
+    def lowest(it: Trained) -> str:
+        excess, floor = it.curve("excess"), it.curve("floor")
+        at = floor.index(min(floor))
+        return f"{short(excess[at] / floor[at])} (t = {LEVELS[at]:.2f})"
+
     correlation = _each(by_target, lambda it: f"{rank_correlation(it.curve('floor'), it.curve('excess')):.2f}")
     return (
-        f"Rank correlation of floor and excess: {correlation}. Largest excess: {_each(by_target, worst)}. Mean excess "
-        f"of one network over that of bins: {_each(by_target, better)}."
+        f"Rank correlation of floor and excess: {correlation}. Largest excess: {_each(by_target, worst)}. Excess over "
+        f"floor where the floor is least: {_each(by_target, lowest)}. Mean excess of one network over that of bins: "
+        f"{_each(by_target, better)}."
     )
 
 

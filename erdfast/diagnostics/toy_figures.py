@@ -189,7 +189,7 @@ def _cloud(axes: Axes, points: list[list[float]], mode: list[int], size: float) 
     at, number = torch.tensor(points), torch.tensor(mode)
     for index, (color, marker) in enumerate(MODES):
         own = at[:, number == index].tolist()
-        axes.scatter(*own, s=size, c=color, marker=marker, alpha=0.7, linewidths=0, label=f"mode {index + 1}")
+        axes.scatter(*own, s=size, c=color, marker=marker, alpha=0.7, linewidths=0, zorder=3, label=f"mode {index + 1}")
 
 
 def _legend_below(figure: Figure, panels: list[Axes]) -> None:
