@@ -61,7 +61,7 @@ ALLOWED["erdfast.training"] = {
     "erdfast",
     *(name for name in ALLOWED if name != "erdfast.kernels"),
 }
-ALLOWED["erdfast.diagnostics"] = ALLOWED["erdfast.training"] | {"erdfast.training"}
+ALLOWED["erdfast.diagnostics"] = ALLOWED["erdfast.training"] | {"erdfast.training", "erdfast.cells", "sklearn"}
 ENTRY_POINTS = {"erdfast.cli", "erdfast.published_run"}
 ENTRY_POINTS |= {
     "erdfast.train",
