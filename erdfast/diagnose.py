@@ -23,9 +23,11 @@ import tyro
 
 from erdfast import cli
 from erdfast.config import SamplePrecision
+from erdfast.diagnostics.dimension import Dimension, run_dimension
 from erdfast.diagnostics.mixture import Mixture, diagnose_mixture
 from erdfast.diagnostics.run import QUICK, Settings, diagnose_runs
 from erdfast.diagnostics.subject import Subject
+from erdfast.diagnostics.targets import Targets, run_targets
 from erdfast.published_run import PublishedRun, open_published, open_run, with_data
 from erdfast.training.run_directory import describe_environment
 from erdfast.typed_json import require
@@ -126,7 +128,12 @@ def _open(path: Path, options: Run, device: torch.device) -> PublishedRun:
     return with_data(open_published(path, options.precision, device, **given), options.data)
 
 
-COMMANDS: dict[type, Callable[..., None]] = {Mixture: diagnose_mixture, Run: diagnose_run}
+COMMANDS: dict[type, Callable[..., None]] = {
+    Mixture: diagnose_mixture,
+    Targets: run_targets,
+    Dimension: run_dimension,
+    Run: diagnose_run,
+}
 """What is done with the options of each command, and what it was started as."""
 
 

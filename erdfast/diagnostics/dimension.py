@@ -73,23 +73,23 @@ along the subspace and D-d across it (eq. 12), least at k* = D/(D+d) if the erro
 the times are uniform (eq. 14), or of any distribution that treats t and 1-t alike. Measured as a velocity, as k-Diff
 trains, the same theory gives another k*: it is the least point of each curve, found numerically."""
 TRAINED_TEXT = """\
-One layer and k, both learnt by Adam from 0 and 0.5 on fresh samples: 1,000 steps of 512, the rate falling to 0. Losses
-are exact averages over samples, noise and times, of the layer that was reached."""
+One layer and k, both learnt by Adam from 0 and 0.5 on fresh samples: 1,000 steps of 512, the rate falling to 0.
+Losses are exact averages over samples, noise and times, of the layer that was reached."""
 CAVEAT = """\
 D/(D+d) holds for Gaussian data on a linear subspace and an error in the target. On curved data of D = 64 dimensions,
 learnt targets follow the rank of the linear span rather than d: on a torus with d = 4, which spans 16 dimensions,
 D/(D+d) = 0.941 and D/(D+16) = 0.800, while a small network learnt k = 0.783 with the error in the target and 0.856
-with that of the velocity; with d = 16, which spans all 64 (0.800 against 0.500), it learnt 0.506 and 0.512
-(`python -m erdfast.experiments.manifold`, three seeds). On the digits a U-ViT learnt 0.849 (`--recipe digits_k`). Nor
-is the learnt k the one with the least error: on manifolds of four dimensions x0 prediction had less. So D/(D+d) says in
+with that of the velocity; with d = 16, which spans all 64 (0.800 against 0.500), it learnt 0.506 and 0.512 (`python
+-m erdfast.experiments.manifold`, three seeds). On the digits a U-ViT learnt 0.849 (`--recipe digits_k`). Nor is the
+learnt k the one with the least error: on manifolds of four dimensions x0 prediction had less. So D/(D+d) says in
 which direction k goes, and on curved data it is an upper end."""
 ESTIMATORS_TEXT = """\
 two-NN takes the ratio of the distances to the second and the first neighbour, without its largest values;
-Levina-Bickel the distances to a range of neighbours, averaged as MacKay and Ghahramani say. Both suppose a flat set of
-constant density up to the farthest neighbour used. From about ten dimensions on no number of points is dense enough:
-they then say too little; and where the set bends within that distance, too much. The participation ratio of the
-covariance, (sum v)^2 / sum v^2, is linear: it counts the span and cannot see that a set is curved. (+-) is the standard
-error, from the spread over disjoint parts of the points; it knows nothing of these biases."""
+Levina-Bickel the distances to a range of neighbours, averaged as MacKay and Ghahramani say. Both suppose a flat set
+of constant density up to the farthest neighbour used. From about ten dimensions on no number of points is dense
+enough: they then say too little; and where the set bends within that distance, too much. The participation ratio of
+the covariance, (sum v)^2 / sum v^2, is linear: it counts the span and cannot see that a set is curved. (+-) is the
+standard error, from the spread over disjoint parts of the points; it knows nothing of these biases."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSSES_CAPTION = """\
-The least loss of a linear layer over k, by d/D; circles mark the least point of each curve. Left, the error is measured
-in the target, as in theorem 3.2; right, in the velocity, as k-Diff trains in pixel space. There the least loss is at x0
-prediction, and where data fill the space, d = D, v prediction (k = 0.5) has the largest: both ends are equally good."""
+The least loss of a linear layer over k, by d/D; circles mark the least point of each curve. Left, the error is
+measured in the target, as in theorem 3.2; right, in the velocity, as k-Diff trains in pixel space. There the least
+loss is at x0 prediction, and where data fill the space, d = D, v prediction (k = 0.5) has the largest: both ends are
+equally good."""
 OPTIMA_CAPTION = """\
 Where the least loss is, over d/D. With the error in the target k* is D/(D+d) to all digits; with the error in the
-velocity it is not. Black: D/(D+d) by the estimates from the data, if there are data."""
+velocity it is not. At d = D, k and 1-k are equally good where times treat t and 1-t alike; the larger is shown. Black:
+D/(D+d) by the estimates from the data, if any."""
 CALIBRATION_CAPTION = """\
 Estimates of the dimension over the true one, 2,000 points in 64 dimensions, with standard errors. On the line an
 estimate is right; the participation ratio counts the span, which for the torus is four times the dimension."""
 SIZE_CAPTION = """\
-Left: estimates over the number of points; the mean over disjoint parts of the data, with standard errors. A curve that
-still rises at its right end says that more points would give more. Right: Levina-Bickel over the number of neighbours,
-and the range that is averaged."""
+Left: estimates over the number of points; the mean over disjoint parts of the data, with standard errors. A curve
+that still rises at its right end says that more points would give more. Right: Levina-Bickel over the number of
+neighbours, and the range that is averaged."""
 SPECTRUM_CAPTION = """\
 Left: share of each principal component in the variance. Right: share of the first components together, with the
 participation ratio and the two-NN estimate."""
