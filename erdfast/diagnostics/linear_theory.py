@@ -23,6 +23,8 @@ from erdfast.process import Process
 _GRID = 65
 """Values of k among which the least loss is first looked for."""
 _HALVINGS = 45
+_EQUAL = 1e-13
+"""Relative difference of losses that only rounding makes."""
 _LARGEST_LOGIT = 16.0
 """k is looked for from 1e-7 to 1 - 1e-7."""
 
@@ -128,7 +130,8 @@ def optimal_k(alpha: Tensor, sigma: Tensor, measure: Tensor, variances: Tensor, 
 def best_k(process: Process, variances: Tensor) -> float:
     """The k of a process with the target `k` at which Delta* is least, also where its weights depend on k.
 
-    The least of a grid, then the zero of dDelta*/dw_k between its neighbours: to 1e-12, within [1e-7, 1 - 1e-7].
+    The least of a grid, then the zero of dDelta*/dw_k between its neighbours: to 1e-12, within [1e-7, 1 - 1e-7]. If
+    several are equally good, as k and 1-k for d = D, the largest.
 
     Args:
         process: of any schedule, weighting, loss space and time sampler; it is left as it was.
@@ -153,7 +156,7 @@ def best_k(process: Process, variances: Tensor) -> float:
     grid = torch.linspace(-_LARGEST_LOGIT, _LARGEST_LOGIT, _GRID, dtype=torch.float64).tolist()
     with torch.no_grad():
         losses = [float(loss_at(logit)) for logit in grid]
-    least = losses.index(min(losses))
+    least = max(i for i, loss in enumerate(losses) if loss <= min(losses) * (1.0 + _EQUAL))
     low, high = grid[max(least - 1, 0)], grid[min(least + 1, _GRID - 1)]
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
