@@ -97,7 +97,8 @@ def x0_errors(sample: Sample, eps: Tensor, logsnr: Tensor, seed: int) -> dict[st
 
 
 def set_errors(x: Tensor, eps: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
-    """in_set: the posterior's variance; left_out: the squared error of its mean without the own sample."""
+    """in_set and left_out. Of the former the squared error stands in for the posterior's variance, which is the same on
+    average and would hide that another set has another variance."""
     products = eps @ x.T
     norms = x.square().sum(1)
     distances = (norms[:, None] + norms[None, :] - 2.0 * x @ x.T).clamp(min=0.0)
@@ -105,15 +106,19 @@ def set_errors(x: Tensor, eps: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
     groups = row_groups(x)
     own = groups[:, None] == groups[None, :]
     distances = distances.masked_fill(own, 0.0)
+
+    def errors(logits: Tensor) -> Tensor:
+        """|x_i - sum_j r_j x_j|^2 from distances alone, (M,)."""
+        r = torch.softmax(logits, dim=1)
+        return ((distances - 0.5 * (r @ distances)) * r).sum(1) / x.shape[1]
+
     within, without = [], []
     for snr in logsnr.exp().tolist():
         # -|x_t - alpha x_j|^2 / (2 sigma^2), without what is the same for all j.
         logits = -0.5 * snr * distances - snr**0.5 * shifts
-        r = torch.softmax(logits, dim=1)
-        within.append(0.5 * ((r @ distances) * r).sum(1))
-        r = torch.softmax(logits.masked_fill(own, -torch.inf), dim=1)
-        without.append(((distances - 0.5 * (r @ distances)) * r).sum(1))
-    return {"in_set": torch.stack(within) / x.shape[1], "left_out": torch.stack(without) / x.shape[1]}
+        within.append(errors(logits))
+        without.append(errors(logits.masked_fill(own, -torch.inf)))
+    return {"in_set": torch.stack(within), "left_out": torch.stack(without)}
 
 
 def linear_errors(x: Tensor, logsnr: Tensor, seed: int) -> Tensor:
