@@ -120,7 +120,7 @@ def test_a_mixtures_error_lies_between_the_bounds(shape):
 
 
 def test_a_larger_set_has_a_larger_error():
-    """The least error is concave in the distribution: of a sample it is too small on average, less so of a large one."""
+    """The least error is concave in the distribution: that of a sample is too small on average."""
     x, eps = normal(1600, 2), normal(1600, 2, seed=1)
     whole = set_errors(x, eps, LOGSNR)["in_set"]
     parts = [set_errors(x[i : i + 50], eps[i : i + 50], LOGSNR)["in_set"] for i in range(0, 1600, 50)]
@@ -176,7 +176,7 @@ def test_mean_and_variance_add_up():
 
 
 def test_correlations_depend_on_the_variance_of_the_data_alone():
-    """Data of two values, as far from Gaussian as any: the correlation of v is 0 if their variance is 1, and else not."""
+    """Data of two values, as far from Gaussian as any: v has correlation 0 if their variance is 1, and else not."""
     place = places_at(build_schedule("vp"), LOGSNR)
     for size in (1.0, 0.5):
         x = size * normal(40_000, 2).sign()

@@ -73,9 +73,7 @@ def test_rows():
     assert row.text == ("0.5 (+-0.01) to 1 (+-1)", "1 to 2 (+-2)", "2 to 3 (+-3)")
     assert row.values.tolist() == [1, 2, 3]
     assert plain_row(three(1e-17, 123.456, -0.5)).text == ("0", "123", "-0.5")
-    found = {
-        target: dict.fromkeys(("correlation", "mean", "variance"), plain_row(three(1, 1, 1))) for target in TARGETS
-    }
+    found = {target: dict.fromkeys(QUANTITIES, plain_row(three(1, 1, 1))) for target in TARGETS}
     rows = comparison(found, three(-6, 0, 6))
     assert {len(row) for row in rows} == {8}
     assert len(rows) == 1 + 4 * len(TARGETS)
