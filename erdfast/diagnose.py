@@ -5,7 +5,8 @@
     dimension --out DIR [--data D]     intrinsic dimension of data, and the learnable target k that it suggests
     run RUN [RUN2 ...] --out DIR       loss, weight, gradients and ranks of trained networks by noise level
 
-Each writes PNG files, the numbers behind each as JSON beside it, and index.html, which needs nothing else.
+Each writes PNG files, the numbers behind each as JSON beside it, index.html, which needs nothing else, and the same as
+Markdown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder of figures with their numbers, and one HTML page that shows them without anything from elsewhere."""
+"""A folder of figures with their numbers, and one page of them all: HTML that needs nothing else, and Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ th:first-child, td:first-child { text-align: left; } dt { font-weight: 600; } dd
 
 
 class Report:
-    """Figures as NAME.png and their numbers as NAME.json as they come, and index.html when it is closed.
+    """Figures as NAME.png and their numbers as NAME.json as they come, and index.html and index.md when it is closed.
 
     Args:
         out: the folder; made if need be. Files of the same names are replaced, others stay.
@@ -38,12 +38,15 @@ class Report:
     def __init__(self, out: Path, title: str, about: Mapping[str, Any]) -> None:
         self.out, self.title, self.about = out, title, dict(about)
         self._parts: list[str] = []
+        self._markdown: list[str] = []
 
     def heading(self, text: str, explained: str = "") -> None:
         """A new section, and a paragraph on what it shows."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        self._markdown.append(f"## {text}\n")
         if explained:
             self._parts.append(f"<p>{html.escape(explained)}</p>")
+            self._markdown.append(f"{explained}\n")
 
     def figure(self, name: str, figure: Figure, numbers: Mapping[str, Any], caption: str) -> None:
         """Write NAME.png and NAME.json and show the picture.
@@ -63,6 +66,7 @@ class Report:
         data, text = base64.b64encode(picture.read_bytes()).decode(), html.escape(caption)
         image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
         self._parts.append(f"<figure>{image}<figcaption>{text} ({name}.png, {name}.json)</figcaption></figure>")
+        self._markdown.append(f"![{name}]({name}.png)\n\n{caption}\n")
 
     def table(self, rows: Sequence[Sequence[str]], caption: str = "") -> None:
         """A table whose first row is its head."""
@@ -70,9 +74,12 @@ class Report:
         lines = [f"<tr>{row}</tr>" for row in body]
         title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
         self._parts.append(f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
+        self._markdown += [*([f"{caption}\n"] if caption else []), markdown_table(rows)]
 
     def close(self) -> Path:
-        """Write index.html; returns its path."""
+        """Write index.md and index.html; returns the latter's path."""
+        lines = [f"- {name}: {value}" for name, value in self.about.items()]
+        write_text(self.out / "index.md", "\n".join([f"# {self.title}\n", *self._markdown, "## About\n", *lines, ""]))
         about = "".join(f"<dt>{html.escape(str(n))}</dt><dd>{html.escape(str(v))}</dd>" for n, v in self.about.items())
         title, body = html.escape(self.title), "\n".join(self._parts)
         page = (

@@ -60,7 +60,7 @@ def diagnosed(out: Path, *arguments: object) -> dict[str, dict]:
 def test_a_page_of_two_runs(runs, tmp_path, capsys):
     found = diagnosed(tmp_path / "out", runs["eps"], runs["weighed"])
     assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path}/out/index.html"
-    names = [*(f"{name}.{kind}" for name in FIGURES for kind in ("json", "png")), "index.html"]
+    names = [*(f"{name}.{kind}" for name in FIGURES for kind in ("json", "png")), "index.html", "index.md"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<img") == len(FIGURES)
