@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -45,20 +48,36 @@ def run_missing(
         workers: processes at a time.
 
     Raises:
-        OSError: a result cannot be written.
+        OSError: a result cannot be written, or a process was killed; what is done is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if read_cell(folder, cell) is None]
     context = multiprocessing.get_context("spawn")  # threads of this process would not survive a fork
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         jobs = [pool.submit(_run_and_write, run_cell, cell, folder) for cell in missing]
         try:
             for job in tqdm(as_completed(jobs), total=len(cells), initial=len(cells) - len(jobs), unit="cell"):
                 job.result()
+        except BrokenProcessPool as error:
+            reason = "a process that trained a cell was killed, for want of memory perhaps; what is done is kept in"
+            raise ChildProcessError(f"{reason} {folder}: start again, with fewer workers") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return len(missing)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Whoever waits for cells after their parent was killed would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_and_write(run_cell: Callable[[AnyCell], dict[str, Any]], cell: AnyCell, folder: Path) -> None:
