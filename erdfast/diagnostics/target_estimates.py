@@ -99,6 +99,7 @@ def x0_errors(sample: Sample, eps: Tensor, logsnr: Tensor, seed: int) -> dict[st
 def set_errors(x: Tensor, eps: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
     """in_set and left_out. Of the former the squared error stands in for the posterior's variance, which is the same on
     average and would hide that another set has another variance."""
+    x = x - x.mean(0)  # no digits are lost to what all have in common
     products = eps @ x.T
     norms = x.square().sum(1)
     distances = (norms[:, None] + norms[None, :] - 2.0 * x @ x.T).clamp(min=0.0)
@@ -106,11 +107,12 @@ def set_errors(x: Tensor, eps: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
     groups = row_groups(x)
     own = groups[:, None] == groups[None, :]
     distances = distances.masked_fill(own, 0.0)
+    # Rotated into no more dimensions than there are samples.
+    z = x if x.shape[1] <= x.shape[0] else torch.linalg.qr(x.T).R.T
 
     def errors(logits: Tensor) -> Tensor:
-        """|x_i - sum_j r_j x_j|^2 from distances alone, (M,)."""
-        r = torch.softmax(logits, dim=1)
-        return ((distances - 0.5 * (r @ distances)) * r).sum(1) / x.shape[1]
+        """|x_i - sum_j r_j x_j|^2 / D, (M,)."""
+        return (torch.softmax(logits, dim=1) @ z - z).square().sum(1) / x.shape[1]
 
     within, without = [], []
     for snr in logsnr.exp().tolist():
@@ -132,12 +134,10 @@ def linear_errors(x: Tensor, logsnr: Tensor, seed: int) -> Tensor:
 
 def _linear_errors(fitted: Tensor, x: Tensor, logsnr: Tensor) -> Tensor:
     """Along each principal axis with variance v, x0 is predicted by a*x_t, a = alpha v/(alpha^2 v + sigma^2)."""
-    from sklearn.covariance import ledoit_wolf_shrinkage
-
     mean, width = fitted.mean(0), x.shape[1]
     _, roots, axes = torch.linalg.svd(fitted - mean, full_matrices=False)
     found = roots.square() / fitted.shape[0]
-    shrinkage = float(ledoit_wolf_shrinkage((fitted - mean).numpy(), assume_centered=True))
+    shrinkage = ledoit_wolf_shrinkage(found, (fitted - mean).square().sum(1), width)
     floor = shrinkage * found.sum() / width
     variances = torch.cat([(1.0 - shrinkage) * found + floor, floor[None]])  # the last: across all axes
     along = ((x - mean) @ axes.T).square()
@@ -149,6 +149,23 @@ def _linear_errors(fitted: Tensor, x: Tensor, logsnr: Tensor) -> Tensor:
     passed = alpha2 * variances / (alpha2 * variances + sigma2)  # alpha*a
     noise = (sigma2 / alpha2 * passed.square() * counts).sum(1, keepdim=True)
     return ((1.0 - passed).square() @ powers.T + noise) / width
+
+
+def ledoit_wolf_shrinkage(variances: Tensor, norms: Tensor, width: int) -> float:
+    """How far Ledoit and Wolf (2004) bring a covariance S to a multiple of the identity, in [0, 1].
+
+    scikit-learn's is the same and takes a time that grows with the square of the elements: hours for large pictures.
+
+    Args:
+        variances: (min(M, D),) eigenvalues of S, a mean over M samples.
+        norms: (M,) squared norms of the samples less their mean.
+        width: D.
+    """
+    power = variances.square().sum()
+    apart = float(power - variances.sum().square() / width)  # |S - mu|^2, mu = tr S / D
+    sampling = float(norms.square().mean() - power) / norms.shape[0]
+    shared = min(sampling, apart)
+    return shared / apart if shared > 0.0 else 0.0
 
 
 def mixture_errors(mixture: GaussianMixture, x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from erdfast.data import GaussianMixture
+from erdfast.diagnostics import target_estimates
 from erdfast.diagnostics.data_sample import Sample, draw_sample
 from erdfast.diagnostics.target_estimates import (
     Estimate,
@@ -43,9 +44,10 @@ def amplitudes() -> list[tuple[float, float]]:
     return list(zip(torch.sigmoid(LOGSNR).sqrt().tolist(), torch.sigmoid(-LOGSNR).sqrt().tolist(), strict=True))
 
 
-def test_errors_within_and_without_a_set_against_brute_force():
+@pytest.mark.parametrize("width", [3, 20])
+def test_errors_within_and_without_a_set_against_brute_force(width):
     """Point by point, with x_t written out; two of the points are the same."""
-    x, eps = normal(7, 3), normal(7, 3, seed=1)
+    x, eps = normal(7, width), normal(7, width, seed=1)
     x[5] = x[2]
     found = set_errors(x, eps, LOGSNR)
     for level, (alpha, sigma) in enumerate(amplitudes()):
@@ -87,6 +89,32 @@ def test_linear_errors_are_the_mean_over_noise():
         x_t = alpha * x[i] + sigma * normal(100_000, 4, seed=8)
         errors = (mean + (x_t - alpha * mean) @ layer.T - x[i]).square().mean(1)
         assert abs(float(found[level, i]) - float(errors.mean())) < 4 * float(errors.std()) / 100_000**0.5
+
+
+@pytest.mark.parametrize("shape", [(30, 1), (30, 4), (12, 12), (9, 40)])
+def test_shrinkage_is_scikit_learns(shape):
+    from sklearn.covariance import ledoit_wolf_shrinkage as wanted
+
+    x = normal(*shape) * torch.linspace(0.2, 2.0, shape[1], dtype=torch.float64)
+    x = x - x.mean(0)
+    found = target_estimates.ledoit_wolf_shrinkage(
+        torch.linalg.svdvals(x).square() / shape[0], x.square().sum(1), shape[1]
+    )
+    assert shape[1] == 1 or found == pytest.approx(float(wanted(x.numpy(), assume_centered=True)), rel=1e-9)
+    assert 0.0 <= found <= 1.0
+
+
+def test_large_pictures_are_quick():
+    """200,000 elements: whatever grows with their square would take hours."""
+    x, eps = normal(16, 200_000), normal(16, 200_000, seed=1)
+    found = set_errors(x, eps, LOGSNR) | {"linear": linear_errors(x, LOGSNR, seed=0)}
+    assert all(bool(values.isfinite().all()) for values in found.values())
+
+
+def test_a_common_part_of_all_samples_is_of_no_account():
+    x, eps = normal(30, 5), normal(30, 5, seed=1)
+    for name, values in set_errors(x + 1e6, eps, LOGSNR).items():
+        torch.testing.assert_close(values, set_errors(x, eps, LOGSNR)[name], rtol=1e-6, atol=1e-12)
 
 
 def test_linear_errors_with_more_elements_than_samples():
