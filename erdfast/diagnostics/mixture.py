@@ -192,9 +192,12 @@ def _spectra(by_target: Mapping[str, Trained]) -> str:
     def top(it: Trained, network: str) -> str:
         return short(it.at(high, network)[0][0] / it.at(low, network)[0][0])
 
+    def course(it: Trained, network: str) -> str:
+        ranks = it.whole["kernels"][network]["rank"]
+        return f"{it.at(low, network)[1]:.1f} to {it.at(high, network)[1]:.1f}, at most {max(ranks):.1f}"
+
     def rank(it: Trained) -> str:
-        before, after = (f"{it.at(low, name)[1]:.1f} to {it.at(high, name)[1]:.1f}" for name in ("trained", "start"))
-        return f"{before} (untrained {after})"
+        return f"{course(it, 'trained')} (untrained {course(it, 'start')})"
 
     fall = _each(by_target, lambda it: f"{top(it, 'trained')} (untrained {top(it, 'start')})")
     return f"Largest eigenvalue at t = {high} over that at {low}: {fall}. Effective rank: {_each(by_target, rank)}."
@@ -234,7 +237,7 @@ SECTIONS = (
         "What can be predicted and what cannot",
         "Norms of E[y | x_t] and of y - E[y | x_t], sample by sample, in closed form: no network is involved. The "
         "paper (figs. 3 and 8): eps crosses into the half of noise at low noise levels alone, x0 at high ones alone, "
-        "v and u are balanced.",
+        "v and u are more balanced and avoid a single such end.",
         toy_figures.draw_phases,
         _phases,
         ("phases",),
@@ -254,7 +257,8 @@ SECTIONS = (
         "ntk",
         "Spectrum of the tangent kernel",
         "Largest eigenvalues and effective rank of the kernel by time. The paper (figs. 10 and 11): eigenvalues of x0 "
-        "and u fall by orders of magnitude, those of eps have the shape of a U, and the rank plummets towards t = 1. "
+        "and u fall by orders of magnitude, those of eps have the shape of a U, and the rank plummets at the extremes, "
+        "above all towards t = 1. "
         "Grey: the untrained network, which has this from the inputs alone.",
         toy_figures.draw_spectra,
         _spectra,
