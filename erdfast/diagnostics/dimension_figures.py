@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 LOSSES_CAPTION = """\
 The least loss of a linear layer over k, by d/D; circles mark the least point of each curve. Left, the error is
-measured in the target, as in theorem 3.2; right, in the velocity, as k-Diff trains in pixel space. There the least
-loss is at x0 prediction, and where data fill the space, d = D, v prediction (k = 0.5) has the largest: both ends are
-equally good."""
+measured in the target, as in theorem 3.2; right, in the velocity with the floor that k-Diff has in pixel space, but
+uniform times. There the least loss is at x0 prediction, and where data fill the space, d = D, v prediction (k = 0.5)
+has the largest: both ends are equally good. With k-Diff's own times it is elsewhere: see the next figure."""
 OPTIMA_CAPTION = """\
 Where the least loss is, over d/D. With the error in the target k* is D/(D+d) to all digits; with the error in the
 velocity it is not. At d = D, k and 1-k are equally good where times treat t and 1-t alike; the larger is shown. Black:

@@ -21,7 +21,8 @@ LOGSNR_CAPTION = """\
 The three numbers over the log-SNR, by target: lines are closed forms, markers estimates, if there are data, with twice
 their standard errors. Schedules that preserve the variance share their curves but for u, the
 velocity of the schedule, whose size is that of its slope; of u, markers are of the first such schedule and of others
-that do not preserve the variance. Conditional means above 1 are on a logarithmic scale if there are data."""
+that do not preserve the variance. Conditional means above 1 are on a logarithmic scale if there are data. Conditional
+variances below 1e-4, among them lower bounds of 0, lie below the picture: one marker alone is no certainty."""
 TIME_CAPTION = """\
 The same over time, by schedule ({kind}): where training steps with uniform times are spent."""
 ERRORS_CAPTION = """\
