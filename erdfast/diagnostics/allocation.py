@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erdfast.process import Process
-from erdfast.process.schedule import LOGSNR_LIMIT
+from erdfast.process.schedule import LOGSNR_LIMIT, LOGSNR_RANGE
 
 NODES = 4001
 """Points over [-20, 20] for a continuous schedule; a discrete one has its steps."""
@@ -32,7 +32,8 @@ class Allocation(NamedTuple):
     share: Tensor
     """M, divided by its integral."""
     omega: Tensor
-    """ERD's recoverability of this target and schedule, divided by its integral."""
+    """ERD's recoverability of this target and schedule, with M's integral over [-10, 10]: beyond, nearly nothing is
+    drawn, while the omega of eps and x0 does not fall."""
     mean_weight: float
     """Integral of M before that: the mean of w over the drawn times."""
 
@@ -77,8 +78,9 @@ def allocate(process: Process) -> Allocation:
     density = density / (density * spacing).sum()  # what the trapezoids miss, 1e-3 at most
     product = weight * density
     mean_weight = (product * spacing).sum()
-    omega = omega / (omega * spacing).sum()
-    return Allocation(logsnr, spacing, weight, density, product / mean_weight, omega, float(mean_weight))
+    share, inside = product / mean_weight, logsnr.abs() <= LOGSNR_RANGE
+    omega = omega * (share * spacing)[inside].sum() / (omega * spacing)[inside].sum()
+    return Allocation(logsnr, spacing, weight, density, share, omega, float(mean_weight))
 
 
 def _spacing(points: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def test_it_is_the_weight_of_the_times_that_are_drawn(options):
     found = allocate(process)
     assert float((found.share * found.spacing).sum()) == pytest.approx(1.0, abs=1e-12)
     assert float((found.density * found.spacing).sum()) == pytest.approx(1.0, abs=1e-12)
-    assert float((found.omega * found.spacing).sum()) == pytest.approx(1.0, abs=1e-12)
+    inside = found.logsnr.abs() <= 10.0
+    within = float((found.share * found.spacing)[inside].sum())
+    assert float((found.omega * found.spacing)[inside].sum()) == pytest.approx(within, abs=1e-12)
     assert bool((found.logsnr.diff() > 0).all())
     t = process.sample_time(1 << 17, seed=1, step=0)
     with torch.no_grad():
@@ -55,6 +57,8 @@ def test_erd_with_the_allocation_logsnr_follows_omega(schedule, target, sampler)
     inside = found.logsnr.abs() < (9.99 if sampler == "uniform" else 3.0)
     ratio = (found.share / found.omega)[inside]
     assert len(ratio) > 100
+    if sampler == "uniform":  # nothing is capped: one curve in the figure
+        assert float(ratio.mean()) == pytest.approx(1.0, abs=1e-3)
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-6, atol=0)
     plain = allocate(Process(schedule, target, "erd", time_sampler=sampler))
     if (schedule, sampler) != ("logsnr_uniform", "uniform"):  # where the allocations are the same
