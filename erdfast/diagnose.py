@@ -11,6 +11,7 @@ Markdown.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,7 @@ class Run:
     grad_samples: int = 64
     """Images per level for gradients, in up to 16 groups."""
     batch_size: int = 64
-    """Images per network call for losses and ranks."""
+    """Images per network call, at most."""
     precision: SamplePrecision = "auto"
     """Of the networks (fp8 is for training alone)."""
     seed: int = 0
@@ -98,7 +99,8 @@ def diagnose_run(options: Run, about: Mapping[str, Any]) -> None:
     """Open and measure all."""
     name = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     opened = [_open(path, options, torch.device(name)) for path in options.run]
-    names = [path.name if path.is_dir() else path.stem for path in options.run]
+    whole = [Path(os.path.abspath(path)) for path in options.run]  # "." and ".." have names too; links keep theirs
+    names = [path.name if path.is_dir() else path.stem for path in whole]
     if len(set(names)) < len(names):
         names = [str(path) for path in options.run]
     subjects = [

@@ -56,8 +56,14 @@ class LevelGradients(NamedTuple):
     """Numbers that a gradient was folded into; as many as parameters where it was not."""
 
 
+def group_sizes(num: int) -> tuple[int, int]:
+    """How many groups, and samples of each: what is left of `num` is not used."""
+    groups = min(GROUPS, num)
+    return groups, num // groups
+
+
 def measure_gradients(
-    subject: Subject, levels: Levels, *, num: int, seed: int, advance: Callable[[], object]
+    subject: Subject, levels: Levels, *, num: int, seed: int, batch_size: int, advance: Callable[[], object]
 ) -> LevelGradients:
     """Gradients at every level, each by images and noise of its own, the same for all networks.
 
@@ -66,21 +72,21 @@ def measure_gradients(
         levels: of its process.
         num: samples per level, two or more.
         seed: of images, noise and folding.
+        batch_size: images per network call, at most.
         advance: called after each level.
 
     Raises:
         ArithmeticError: a gradient is not finite.
     """
-    groups = min(GROUPS, num)
-    per_group = num // groups
+    groups, per_group = group_sizes(num)
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
     fold = Folding(parameters, MOST_NUMBERS // max(groups, len(levels.logsnr)), seed)
     means, found = [], []
     for number, level in enumerate(levels.logsnr.tolist()):
         images = draw_images(subject.dataset, groups * per_group, seed, _IMAGES + number * num)
         rows = [
-            fold(_group_gradient(subject, levels.time[number], images, g * per_group, per_group, number, seed))
-            for g in range(groups)
+            fold(_group_gradient(subject, levels.time[number], images, part, batch_size, number, seed))
+            for part in torch.arange(groups * per_group).split(per_group)
         ]
         stacked = torch.stack(rows)
         products = _products(stacked)
@@ -98,23 +104,34 @@ def measure_gradients(
 
 
 def _group_gradient(
-    subject: Subject, time: Tensor, images: Images, first: int, count: int, number: int, seed: int
+    subject: Subject, time: Tensor, images: Images, places: Tensor, batch_size: int, number: int, seed: int
 ) -> list[Tensor]:
-    """The gradient of the mean error of some images, by parameter."""
-    source, y = images.part(first, first + count, subject.device)
-    with torch.no_grad():
-        coef = subject.process.coefficients(time.expand(count))
-    coef = coef._replace(w=torch.ones_like(coef.w))
-    key = NoiseKey(seed, _STREAM + number, torch.arange(first, first + count, device=y.device))
+    """The gradient of the mean error of the images at these places, in a row, by parameter."""
     scale = FP16_SCALE if subject.precision.name == "fp16" else 1.0
+    key = NoiseKey(seed, _STREAM + number)
+    total: list[Tensor] = []
+    for part in places.split(batch_size):
+        found = _gradient(subject, time, images, part, key, scale * len(part) / len(places))
+        total = [one + other for one, other in zip(total, found, strict=True)] if total else found
+    return total if scale == 1.0 else [gradient.div_(scale) for gradient in total]
+
+
+def _gradient(
+    subject: Subject, time: Tensor, images: Images, places: Tensor, key: NoiseKey, scale: float
+) -> list[Tensor]:
+    """Of `scale` times the mean error of some images in a row."""
+    source, y = images.part(int(places[0]), int(places[-1]) + 1, subject.device)
+    with torch.no_grad():
+        coef = subject.process.coefficients(time.expand(len(places)))
+    coef = coef._replace(w=torch.ones_like(coef.w))
+    key = key._replace(sample_ids=places.to(y.device))
     with torch.enable_grad():
         x_t = add_noise(source, coef, key, dtype=subject.precision.dtype)
         loss = diffusion_loss(subject.predict(x_t, coef, subject.labels(y)), source, coef, key)
         parameters = [p for p in subject.model.parameters() if p.requires_grad]
         # Embeddings of what a run does not use have no gradient.
         gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
-    wide = [gradient.float() for gradient in gradients]
-    return wide if scale == 1.0 else [gradient.div_(scale) for gradient in wide]
+    return [gradient.float() for gradient in gradients]
 
 
 class Folding:

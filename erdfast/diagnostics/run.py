@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from erdfast.data import GaussianMixture
 from erdfast.data.dataset import format_shape
 from erdfast.figure_style import new_figure
 from erdfast.training.parallel import World
@@ -17,7 +19,7 @@ from erdfast.training.progress import progress_bar
 
 from .allocation import allocate
 from .features import TOKENS_PER_IMAGE
-from .gradients import cosines, measure_gradients, whole_gradient
+from .gradients import cosines, group_sizes, measure_gradients, whole_gradient
 from .noise_level_losses import measure_levels
 from .report import Report
 from .run_figures import Measured, differ, draw_allocation, draw_cosines, draw_gradients, draw_losses, draw_ranks
@@ -59,9 +61,12 @@ def diagnose_runs(subjects: Sequence[Subject], settings: Settings, out: Path, ab
             shapes = [f"{s.name} is for {format_shape(s.model.input_shape)}" for s in (first, other)]
             raise ValueError(f"runs of different shapes cannot be compared: {', '.join(shapes)}")
     logsnr = shared_logsnr([subject.process for subject in subjects], settings.num_levels)
-    out.mkdir(parents=True, exist_ok=True)
-    new_figure(1.0, 1.0)  # what is missing is missed before the work
     levels = [levels_of(subject.process, logsnr) for subject in subjects]
+    for subject, each in zip(subjects, levels, strict=True):
+        if len(each.logsnr) < 2:
+            raise ValueError(f"{subject.name} has one noise level between {logsnr[0]:.2f} and {logsnr[-1]:.2f} alone")
+    _make_folder(out)
+    new_figure(1.0, 1.0)  # what is missing is missed before the work
     total = 2 * sum(len(each.logsnr) for each in levels)
     with progress_bar(World(device=first.device), total=total, unit="level", desc="noise levels") as bar:
         runs = [_measure(subject, at, settings, bar) for subject, at in zip(subjects, levels, strict=True)]
@@ -71,11 +76,21 @@ def diagnose_runs(subjects: Sequence[Subject], settings: Settings, out: Path, ab
     return report.close()
 
 
+def _make_folder(out: Path) -> None:
+    """An impossible folder is noticed before the work, not after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
 def _measure(subject: Subject, levels: Levels, settings: Settings, bar: tqdm) -> Measured:
     # The order is the same for all runs whose data are equally many; so are noise and times.
     images = draw_images(subject.dataset, settings.num_samples, settings.seed)
-    options: dict[str, Any] = {"seed": settings.seed, "advance": bar.update}
-    losses = measure_levels(subject, levels, images, batch_size=settings.batch_size, **options)
+    options: dict[str, Any] = {"seed": settings.seed, "batch_size": settings.batch_size, "advance": bar.update}
+    losses = measure_levels(subject, levels, images, **options)
     gradients = measure_gradients(subject, levels, num=settings.grad_samples, **options)
     return Measured(subject, levels, allocate(subject.process), losses, gradients)
 
@@ -85,7 +100,7 @@ def _measure(subject: Subject, levels: Levels, settings: Settings, bar: tqdm) ->
 
 def _write(report: Report, runs: Sequence[Measured], settings: Settings) -> None:
     report.heading("Runs", _about_levels(runs, settings))
-    report.table(summary_table(runs))
+    report.table(summary_table(runs), _SUMMARY)
     report.heading(
         "Loss by noise level",
         "The mean squared error of the network's own target, not weighed, at single noise levels. Bars are standard "
@@ -108,6 +123,10 @@ def _write(report: Report, runs: Sequence[Measured], settings: Settings) -> None
     report.figure("ranks", draw_ranks(runs), {"runs": ranks}, "Effective rank of features and predictions.")
 
 
+_SUMMARY = (
+    "Errors are means over the times that the run itself draws: where runs draw other times, these do not compare, and "
+    "the figures do. Weighted error: of w times the error. M and the noise scale are explained below."
+)
 _FLOOR = (
     "Dotted: the Bayes floor, the error of the best possible prediction E[y | x_t], which is known for this mixture "
     "(given the label where the network is). The excess is the mean squared distance from that prediction, so the "
@@ -138,19 +157,32 @@ _COSINES = (
 
 def _about_levels(runs: Sequence[Measured], settings: Settings) -> str:
     """What was measured, on what."""
-    data = {f"{run.subject.data}: {run.subject.dataset.describe()}" for run in runs}
+    data = {_data_of(run.subject) for run in runs}
+    groups, per_group = group_sizes(settings.grad_samples)
+    same = "images, noise and levels" if len(data) == 1 else "noise and levels, but not images,"
     text = (
-        f"Averaged weights, measured on {settings.num_samples:,} images and {settings.grad_samples:,} for gradients at "
+        f"Averaged weights, measured on {settings.num_samples:,} images and {groups * per_group:,} for gradients at "
         f"{len(runs[0].levels.logsnr)} noise levels, equally spaced in log-SNR over what all the schedules reach "
-        "within [-10, 10]: images, noise and levels are the same for all runs. Errors are those on the run's data, "
+        f"within [-10, 10]: {same} are the same for all runs. Errors are those on the run's data, "
         f"which it may have been trained on ({'; '.join(sorted(data))}). The networks compute in "
         f"{' and '.join(sorted({run.subject.precision.name for run in runs}))}."
     )
     if len(data) > 1:
         text += " The runs' data differ: their errors do too, whatever the networks are."
+    fewest = min(len(run.subject.dataset) for run in runs)
+    if fewest < max(settings.num_samples, groups * per_group):
+        text += f" There are only {fewest:,} images, which come again with other noise: standard errors are too small."
+    if fewest < groups * per_group * len(runs[0].levels.logsnr):
+        text += " Gradients of different levels share images, which their cosines and the noise scale take for signal."
     if assumed := [run.subject.name for run in runs if run.subject.published]:
         text += f" How errors of {', '.join(assumed)} were weighed is not known: they are taken as weighed equally."
     return text
+
+
+def _data_of(subject: Subject) -> str:
+    """What tells data apart: mixtures of different seeds are described alike."""
+    seed = f", seed {subject.dataset.seed}" if isinstance(subject.dataset, GaussianMixture) else ""
+    return f"{subject.data}: {subject.dataset.describe()}{seed}"
 
 
 def _ranks_explained(num: int) -> str:
@@ -236,4 +268,4 @@ def _curves_of(run: Measured) -> dict[str, Any]:
 
 
 def _short(value: float) -> str:
-    return "" if not torch.isfinite(torch.tensor(value)) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if not torch.isfinite(torch.tensor(value)) else f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

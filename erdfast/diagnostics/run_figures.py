@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,7 +100,7 @@ def draw_allocation(runs: Sequence[Measured]) -> Figure:
         for axes, values in ((weight, a.weight), (density, a.density), (share, a.share)):
             _curve(axes, number, run, values[inside], at=a.logsnr[inside])
         omegas.append((a.logsnr[inside], a.omega[inside]))
-    _dotted(share, omegas, "ERD's ω, integral 1")
+    _dotted(share, omegas, "ERD's ω, with M's integral over ±10")
     weight.set_title("Weight w of an error", loc="left")
     weight.set_ylabel("w")
     _logarithmic(weight)
@@ -148,7 +149,7 @@ def draw_cosines(runs: Sequence[Measured]) -> Figure:
         edges = _edges(run.levels.logsnr)
         values = np.ma.masked_invalid(cosines(run.gradients).numpy())
         axes.pcolormesh(edges, edges, values, cmap=colors, norm=norm)
-        axes.set_title(run.subject.name, loc="left", fontsize=11)
+        axes.set_title(_legible(run.subject.name), loc="left", fontsize=11)
         axes.set_aspect("equal")
         axes.set_xlabel(LOGSNR)
         axes.set_ylabel("log-SNR")
@@ -190,7 +191,7 @@ def _curve(
 ) -> None:
     """A run's line, with markers and standard errors where it was measured."""
     style = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number % len(LINES)], "linewidth": 1.7}
-    style["label"] = run.subject.name
+    style["label"] = _legible(run.subject.name)
     if at is not None:
         every = max(len(at) // 12, 1)
         marks = {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "markevery": (number * every // 4, every)}
@@ -200,6 +201,11 @@ def _curve(
     axes.errorbar(
         run.levels.logsnr.numpy(), values.numpy(), None if errors is None else errors.numpy(), **style, **marks
     )
+
+
+def _legible(name: str) -> str:
+    """As matplotlib shows it: it takes dollars for formulas, and leaves what begins with "_" out of legends."""
+    return re.sub(r"^_", " _", name.replace("$", r"\$"))
 
 
 def _dotted(axes: Axes, curves: Sequence[tuple[Tensor, Tensor] | None], label: str) -> None:
@@ -216,7 +222,8 @@ def _dotted(axes: Axes, curves: Sequence[tuple[Tensor, Tensor] | None], label: s
 
 def _from_zero(axes: Axes) -> None:
     """With room above the highest curve."""
-    axes.set_ylim(0.0, 1.08 * axes.dataLim.y1)
+    highest = float(axes.dataLim.y1)
+    axes.set_ylim(0.0, 1.08 * highest if highest > 0 else 1.0)
 
 
 def _logarithmic(axes: Axes) -> None:

@@ -11,6 +11,7 @@ from erdfast.diagnostics.gradients import (
     Folding,
     LevelGradients,
     cosines,
+    group_sizes,
     measure_gradients,
     moments,
     moments_with_errors,
@@ -44,9 +45,9 @@ class Tiny(Known):
         return torch.tanh(mixed + time.view(-1, 1, 1, 1) * self.drift.view(1, 2, 1, 1))
 
 
-def measured(of, num: int, num_levels: int = 3, seed: int = 0) -> LevelGradients:
+def measured(of, num: int, num_levels: int = 3, seed: int = 0, batch_size: int = 64) -> LevelGradients:
     levels = levels_of(of.process, shared_logsnr([of.process], num_levels))
-    return measure_gradients(of, levels, num=num, seed=seed, advance=lambda: None)
+    return measure_gradients(of, levels, num=num, seed=seed, batch_size=batch_size, advance=lambda: None)
 
 
 def one_by_one(of, num: int, level: int, num_levels: int) -> Tensor:
@@ -97,6 +98,20 @@ def test_groups_of_several_samples_are_means():
     spread = float(g.var(0).sum())
     assert float(found.trace[1]) == pytest.approx(4 * spread, rel=1e-4)
     assert float(found.squared_norm[1]) == pytest.approx(float(g.mean(0).square().sum()) - spread / 16, rel=1e-3)
+
+
+def test_a_group_may_take_several_calls():
+    of = subject(Tiny(), Process("flow", "eps"))
+    calls = []
+    of.model.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    whole, parts = measured(of, num=112, num_levels=2), measured(of, num=112, num_levels=2, batch_size=3)
+    assert calls == [7] * 32 + [3, 3, 1] * 32
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_are_equally_large():
+    assert [group_sizes(num) for num in (2, 6, 16, 31, 64)] == [(2, 1), (6, 1), (16, 1), (16, 1), (16, 4)]
 
 
 def test_the_weight_changes_nothing():

@@ -17,7 +17,16 @@ from erdfast.diagnostics.allocation import allocate
 from erdfast.diagnostics.gradients import LevelGradients
 from erdfast.diagnostics.noise_level_losses import LevelMeasures, v_factor
 from erdfast.diagnostics.run import summary_table
-from erdfast.diagnostics.run_figures import COLORS, LINES, MARKERS, Measured, differ, draw_cosines, draw_losses
+from erdfast.diagnostics.run_figures import (
+    COLORS,
+    LINES,
+    MARKERS,
+    Measured,
+    differ,
+    draw_cosines,
+    draw_losses,
+    draw_ranks,
+)
 from erdfast.diagnostics.subject import levels_of, shared_logsnr
 from erdfast.models import DiTConfig
 from erdfast.models.recognise import HEADS
@@ -66,6 +75,7 @@ def test_a_page_of_two_runs(runs, tmp_path, capsys):
     assert page.count("<img") == len(FIGURES)
     assert "images, noise and levels are the same for all runs" in page
     assert "can be compared" not in page  # these can as they are
+    assert "Errors are means over the times that the run itself draws" in page
     losses = found["losses"]["runs"]
     assert list(losses) == ["eps", "weighed"]
     for name in ("logsnr", "loss", "loss_error", "excess", "floor", "rank_best"):
@@ -123,6 +133,29 @@ def test_held_out_data(runs, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "The least possible error of these data is not known" in page
     assert "Bayes floor" not in page
+    assert "There are only" not in page
+    assert "share images" not in page
+    np.save(tmp_path / "few.npy", np.random.RandomState(0).randn(20, 4, 8, 8).astype(np.float32))
+    diagnosed(tmp_path / "out", runs["eps"], "--data", tmp_path / "few.npy")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "There are only 20 images, which come again with other noise" in page
+    assert "Gradients of different levels share images" in page
+
+
+def test_names_and_mixtures_of_other_seeds(runs, tmp_path, monkeypatch):
+    """Mixtures of two seeds are described alike, and are not the same images."""
+    other = tmp_path / "_$seed$ 1"
+    tiny_trainer(other, steps=1, checkpoint_every=1, seed=1).train()
+    monkeypatch.chdir(runs["eps"])
+    found = diagnosed(tmp_path / "out", ".", other)["losses"]["runs"]
+    assert list(found) == ["eps", other.name]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "noise and levels, but not images, are the same for all runs" in page
+    assert "data differ: their errors do too" in page
+    assert "known Bayes floor), seed 0; mixture:4x8x8" in page
+    figure = draw_losses([measured("eps"), measured(other.name)])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Bayes floor", "eps", r" _\$seed\$ 1"]
+    figure.canvas.draw()  # as text, not as a formula that cannot be read
 
 
 def test_what_is_wrong_is_one_line(runs, published, tmp_path, capsys):
@@ -148,7 +181,8 @@ def test_what_is_wrong_is_one_line(runs, published, tmp_path, capsys):
         (runs["eps"], "--family", "dit", *out): "family is for published checkpoints",
         (runs["eps"], "--num-levels", "1", *out): "num_levels is 1",
         (runs["eps"], "--precision", "fp8", *out): "fp8",
-        (runs["eps"], "--out", tmp_path / "taken"): "taken",
+        (runs["eps"], "--out", tmp_path / "taken"): "taken cannot be written",
+        (runs["eps"], "--out", "/proc/self/fdinfo"): "fdinfo cannot be written",  # a folder, and nobody can
         (runs["eps"],): "--out",
         out: "name one run directory or published checkpoint",
     }
@@ -205,6 +239,13 @@ def test_panels_are_those_that_mean_something():
         "Error of each run's own target", "The same as errors of v", "Excess above the Bayes floor (v)",
     ]  # fmt: skip
     assert len([axes for axes in draw_cosines([v] * 4).axes if axes.get_visible() and axes.get_title(loc="left")]) == 4
+
+
+def test_ranks_that_are_all_0(recwarn):
+    """A network that has learnt nothing says the same of every image."""
+    none = dict.fromkeys(("rank_outputs", "rank_pooled", "rank_tokens", "rank_best"), torch.zeros(4).double())
+    assert [axes.get_ylim() for axes in draw_ranks([measured("untrained", **none)]).axes] == [(0.0, 1.0)] * 3
+    assert not recwarn.list
 
 
 def test_the_table():
