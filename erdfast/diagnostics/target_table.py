@@ -24,7 +24,7 @@ TURN = 1.1
 SHARES = tuple(
     torch.tensor(shares, dtype=torch.float64) for shares in itertools.product((0.0, 0.25, 0.5, 0.75, 1.0), repeat=3)
 )
-"""Where between two bounds the truth may be, at each level for itself; the first is the bound that is shown."""
+"""Where between the ends of a row the truth may be, at each level for itself."""
 TRENDS = {
     "zero": "zero",
     "uniform": "uniform",
@@ -60,12 +60,12 @@ class Row(NamedTuple):
     """(3,) float64."""
     text: tuple[str, str, str]
     """As it is written."""
-    other: Tensor | None = None
-    """(3,) the other bound, where the quantity itself is not known."""
+    ends: tuple[Tensor, Tensor] | None = None
+    """(3,) each: where it may be with its errors; from the side of `values` to the other. None: known to all digits."""
 
     def between(self, shares: Tensor) -> Tensor:
-        """(3,): so far from `values` to `other`."""
-        return self.values if self.other is None else torch.lerp(self.values, self.other, shares)
+        """(3,): so far from one end to the other."""
+        return self.values if self.ends is None else torch.lerp(*self.ends, shares)
 
 
 def trend(values: Tensor) -> str:
@@ -112,11 +112,12 @@ def comparison(found: Mapping[str, Mapping[str, Row]], logsnr: Tensor) -> list[l
         claim = ARTICLE.get(target)
         for quantity, title in QUANTITIES.items():
             row = found[target][quantity]
-            words = [TRENDS[trend(row.between(shares))] for shares in SHARES]
+            words = [TRENDS[trend(row.values)], *(TRENDS[trend(row.between(shares))] for shares in SHARES)]
             says = [] if claim is None else [TRENDS[name] for name in getattr(claim, quantity)]
             rows.append([target, title, *row.text, *compared(words, says)])
         mean, variance = found[target]["mean"], found[target]["variance"]
-        words = [net_effect(mean.between(shares), variance.between(shares)) for shares in SHARES]
+        words = [net_effect(mean.values, variance.values)]
+        words += [net_effect(mean.between(shares), variance.between(shares)) for shares in SHARES]
         rows.append([target, "net effect", "", "", "", *compared(words, [claim.net] if claim else [])])
     return rows
 
@@ -125,7 +126,7 @@ def compared(words: Sequence[str], says: Sequence[str]) -> tuple[str, str, str]:
     """What is found, what the article says, and whether they agree: the last three cells.
 
     Args:
-        words: the first from the values shown; the others are what the truth may be between the bounds.
+        words: the first from the values shown; the others are what the truth may be between the ends.
         says: what agrees with the article; empty if it says nothing.
     """
     may_be = set(words)
@@ -142,16 +143,21 @@ def plain_row(values: Tensor) -> Row:
     return Row(values, (low, middle, high))
 
 
-def bounded_row(sides: Sequence[tuple[Tensor, Tensor]], shown: int = 0) -> Row:
+def bounded_row(sides: Sequence[tuple[Tensor, Tensor]], *, down: bool = False) -> Row:
     """Of estimates with their errors, each (3,).
 
     Args:
         sides: one, or a lower and an upper bound.
-        shown: which of these the words are about.
+        down: the words are about the upper one, and the row's ends run from high to low.
     """
     texts = [" to ".join(_with_error(float(v[i]), float(e[i])) for v, e in sides) for i in range(3)]
-    other = None if len(sides) == 1 else sides[1 - shown][0]
-    return Row(sides[shown][0], (texts[0], texts[1], texts[2]), other)
+    (low, low_error), (high, high_error) = sides[0], sides[-1]
+    # Trends are those of sizes: what may be on both sides of 0 has sizes from 0 on.
+    ends = (
+        torch.where(low >= 0, (low - 2.0 * low_error).clamp(min=0.0), low - 2.0 * low_error),
+        torch.where(high < 0, (high + 2.0 * high_error).clamp(max=0.0), high + 2.0 * high_error),
+    )
+    return Row(sides[-1 if down else 0][0], (texts[0], texts[1], texts[2]), ends[::-1] if down else ends)
 
 
 def _with_error(value: float, error: float) -> str:

@@ -76,8 +76,9 @@ Low, middle and high SNR as a trend in words, beside the article's table. Trends
 Uniform: the largest of three is at most 1.5 times the smallest; zero: below 0.02. The net effect is unstable if the
 conditional variance at high SNR is above 1 and ten times that in the middle; biased if the predictable share of the
 target's variance differs by more than half between low and high; weak if that share is below 0.1 throughout. Where
-there are a lower and an upper bound, the words are those of the filled markers; open: within the bounds the article
-may be right or wrong. It supposes alpha^2 + sigma^2 = 1."""
+there are a lower and an upper bound, the words are those of the filled markers; open: within the bounds and twice
+their standard errors the article may be right or wrong. It supposes alpha^2 + sigma^2 = 1 and data of variance 1:
+others may differ from it for that alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,5 +291,5 @@ def _data_rows(values: DataEstimates, where: Tensor) -> dict[str, Row]:
     return {
         "correlation": bounded_row(cut({"exact": values.correlation})),
         "mean": bounded_row(cut({name: root(square) for name, square in values.mean_square.items()})),
-        "variance": bounded_row(cut(values.variance), shown=len(values.variance) - 1),
+        "variance": bounded_row(cut(values.variance), down=True),
     }

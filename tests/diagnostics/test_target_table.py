@@ -69,7 +69,7 @@ def test_a_target_of_which_the_article_says_nothing_has_no_verdict():
 
 def test_rows():
     sides = [(three(0.5, 1, 2), three(0.01, 0, 0)), (three(1, 2, 3),) * 2]
-    row = bounded_row(sides, shown=1)
+    row = bounded_row(sides, down=True)
     assert row.text == ("0.5 (+-0.01) to 1 (+-1)", "1 to 2 (+-2)", "2 to 3 (+-3)")
     assert row.values.tolist() == [1, 2, 3]
     assert plain_row(three(1e-17, 123.456, -0.5)).text == ("0", "123", "-0.5")
@@ -82,8 +82,8 @@ def test_rows():
 def test_bounds_that_allow_several_words_leave_the_claim_open():
     """Of v, the article says that the variance is uniform: so it is between these bounds only perhaps."""
     zero = three(0, 0, 0)
-    wide = bounded_row([(three(0.1, 0.1, 0.1), zero), (three(1, 1, 1), zero)], shown=1)
-    far = bounded_row([(three(1, 0.1, 0.9), zero), (three(1, 0.2, 1), zero)], shown=1)
+    wide = bounded_row([(three(0.1, 0.1, 0.1), zero), (three(1, 1, 1), zero)], down=True)
+    far = bounded_row([(three(1, 0.1, 0.9), zero), (three(1, 0.2, 1), zero)], down=True)
     plain = plain_row(three(0, 0, 0))
     rows = {"correlation": plain, "mean": plain}
     verdicts = {}
@@ -93,6 +93,25 @@ def test_bounds_that_allow_several_words_leave_the_claim_open():
         verdicts[name] = line[5:]
     assert verdicts["wide"] == ["uniform, but not for certain", "uniform", "open"]
     assert verdicts["far"] == ["dips in the middle", "uniform", "differs"]
+
+
+def test_what_may_be_sampling_alone_leaves_the_claim_open():
+    """Of v, the article says that the correlation is zero."""
+    values, verdicts = three(0.001, 0.06, -0.01), []
+    for error in (0.08, 0.001):
+        row = bounded_row([(values, three(error, error, error))])
+        rows = {"correlation": row, "mean": plain_row(three(1, 1, 1)), "variance": plain_row(three(1, 1, 1))}
+        line = next(line for line in comparison(dict.fromkeys(TARGETS, rows), three(-6, 0, 6)) if line[0] == "v")
+        verdicts.append(line[5:])
+    assert verdicts[0] == ["peaks in the middle, but not for certain", "zero", "open"]
+    assert verdicts[1] == ["peaks in the middle", "zero", "differs"]
+
+
+def test_ends_keep_to_one_side_of_zero():
+    row = bounded_row([(three(0.1, -0.1, 0.0), three(0.2, 0.2, 0.0))])
+    assert row.ends is not None
+    assert torch.stack(row.ends).T.flatten().tolist() == pytest.approx([0.0, 0.5, -0.5, 0.0, 0.0, 0.0])
+    assert row.values.tolist() == [0.1, -0.1, 0.0]
 
 
 def test_levels_that_are_not_reached_give_way_to_the_nearest():
