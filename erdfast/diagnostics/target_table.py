@@ -153,11 +153,11 @@ def bounded_row(sides: Sequence[tuple[Tensor, Tensor]], *, down: bool = False) -
     texts = [" to ".join(_with_error(float(v[i]), float(e[i])) for v, e in sides) for i in range(3)]
     (low, low_error), (high, high_error) = sides[0], sides[-1]
     # Trends are those of sizes: what may be on both sides of 0 has sizes from 0 on.
-    ends = (
-        torch.where(low >= 0, (low - 2.0 * low_error).clamp(min=0.0), low - 2.0 * low_error),
-        torch.where(high < 0, (high + 2.0 * high_error).clamp(max=0.0), high + 2.0 * high_error),
-    )
-    return Row(sides[-1 if down else 0][0], (texts[0], texts[1], texts[2]), ends[::-1] if down else ends)
+    least, most = low - 2.0 * low_error, high + 2.0 * high_error
+    least = torch.where(low >= 0, least.clamp(min=0.0), least)
+    most = torch.where(high < 0, most.clamp(max=0.0), most)
+    ends = (most, least) if down else (least, most)
+    return Row(sides[-1 if down else 0][0], (texts[0], texts[1], texts[2]), ends)
 
 
 def _with_error(value: float, error: float) -> str:
