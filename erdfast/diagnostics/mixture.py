@@ -106,13 +106,14 @@ def write_page(cells: Sequence[Mapping[str, Any]], out: Path, about: Mapping[str
     write_json(out / "claims.json", {"about": about, "claims": judged})
     report = Report(out, "Four modes in the plane: what noise levels do to training", about)
     first = cells[0]
+    few = "" if first["iterations"] >= FULL["iterations"] else " So few iterations show that it works; they say little."
     report.heading(
         "What was found",
         f"Four targets on three processes, {first['iterations']:,} iterations of {first['batch']} samples each: one "
         f"network for all times, and {BINS} networks for one bin of them each. u is eps - x0 on every process. The "
         "excess is the mean squared distance per element from E[y | x_t], which is known: what the error exceeds the "
         "Bayes floor by. Untrained: the same network before its first step, on the same points: what is there already "
-        "is not made by training.",
+        f"is not made by training.{few}",
     )
     report.table(claims_table(judged), "What the paper says (appendix F), and where it came out so")
     report.table(summary_table(trained), "Numbers by process and target")

@@ -66,6 +66,7 @@ def test_figures_numbers_and_page(small, tmp_path, capsys):
         assert f"{name}.png" in text
     assert text.count("data:image/png;base64,") == len(SECTIONS)
     assert "--quick" in text
+    assert "So few iterations" in text
     for claim in CLAIMS:
         assert claim.says.replace("'", "&#x27;") in text
     claims = json.loads((tmp_path / "claims.json").read_text())["claims"]
