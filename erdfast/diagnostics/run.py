@@ -143,12 +143,12 @@ _ALLOCATION = (
     "logsnr); with allocation time the weight follows it at each drawn time."
 )
 _GRADIENTS = (
-    "g is the gradient of one sample's error with respect to the network's parameters, at one noise level; "
-    "neither units nor labels are dropped. The mean gradient's norm is corrected for the noise that a finite mean has; where it is not above 0 "
-    "there is no point. Bars are standard errors (jackknife). At one level the weight multiplies every gradient, so "
-    "the signal-to-noise ratio is that of the weighted loss too. The table's noise scale is that of the whole loss, "
-    "over all levels as they are drawn and weighed: the batch size at which signal and noise are equal. It has no "
-    "standard error here: another --seed tells how far it can be trusted."
+    "g is the gradient of one sample's error with respect to the network's parameters, at one noise level; neither "
+    "units nor labels are dropped. The mean gradient's norm is corrected for the noise that a finite mean has; where "
+    "it is not above 0 there is no point. Bars are standard errors (jackknife). At one level the weight multiplies "
+    "every gradient, so the signal-to-noise ratio is that of the weighted loss too. The table's noise scale is that "
+    "of the whole loss, over all levels as they are drawn and weighed: the batch size at which signal and noise are "
+    "equal. It has no standard error here: another --seed tells how far it can be trusted."
 )
 _COSINES = (
     "Cosine of the mean gradients of each two noise levels, corrected for noise: below 0 a step for one level is a "
