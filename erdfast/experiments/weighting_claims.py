@@ -12,6 +12,7 @@ from .weighting_cells import TARGETS, WEIGHTINGS
 from .weighting_statistics import (
     BASELINE,
     Result,
+    common_seeds,
     excess_in,
     final_excess,
     final_frechet,
@@ -78,16 +79,18 @@ def _groups(cells: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
 
 
 def _first_places(cells: Sequence[Result], measure: Measure, name: str) -> str:
-    """By target, in how many studies ERD is first among the paper's four, and its place among all."""
+    """By target, how often ERD is first among the paper's four, and who is among all."""
     parts = []
     for target in TARGETS:
-        groups = [own for t, own in _groups(cells) if t == target and _has(own, IN_PAPER)]
-        firsts = sum(_order(own, measure, IN_PAPER)[0] == "erd" for own in groups)
+        groups = [own for t, own in _groups(cells) if t == target and common_seeds(own, IN_PAPER)]
         if groups:
-            winners = [ranking(own, measure)[0] for own in groups]
-            often = max(dict.fromkeys(winners), key=winners.count)
+            firsts = sum(ranking(own, measure, IN_PAPER)[0] == "erd" for own in groups)
+            runs = [select(own, seed=seed) for own in groups for seed in sorted(common_seeds(own, IN_PAPER))]
+            alone = sum(ranking(run, measure, IN_PAPER)[0] == "erd" for run in runs)
+            winners = [order[0] for own in groups if (order := ranking(own, measure, WEIGHTINGS))]
             parts.append(
-                f"{target}: first in {firsts} of {len(groups)} studies (of all weightings {often} is most often first)"
+                f"{target}: first in {firsts} of {len(groups)} studies, {alone} of {len(runs)} single seeds"
+                + (f" (of all weightings most often first: {_most_frequent(winners)})" if winners else "")
             )
     return f"By {name}, " + "; ".join(parts) if parts else "not trained"
 
@@ -95,9 +98,9 @@ def _first_places(cells: Sequence[Result], measure: Measure, name: str) -> str:
 def _first_places_along(cells: Sequence[Result]) -> str:
     counts: dict[int, list[bool]] = {}
     for _, own in _groups(cells):
-        if _has(own, IN_PAPER):
+        if common_seeds(own, IN_PAPER):
             for number in range(len(own[0]["curve"])):
-                first = _order(own, lambda cell, n=number: sample_value(cell["curve"][n], "frechet"), IN_PAPER)[0]
+                first = ranking(own, lambda cell, n=number: sample_value(cell["curve"][n], "frechet"), IN_PAPER)[0]
                 counts.setdefault(number, []).append(first == "erd")
     if not counts:
         return "not trained"
@@ -116,9 +119,15 @@ def _improves(cells: Sequence[Result]) -> str:
             better, count = sum(r.better for r in ratios), sum(r.count for r in ratios)
             parts.append(
                 f"{name}: Frechet distance times {_middle([r.value for r in ratios])}, "
-                f"lower in {better} of {count} runs"
+                f"lower in {better} of {count} runs ({_targets_of(of_network)})"
             )
     return "; ".join(parts) or "not trained"
+
+
+def _targets_of(cells: Sequence[Result]) -> str:
+    """Where ERD can be compared with no weighting."""
+    found = [target for target, own in _groups(cells) if ratio(own, "erd", final_frechet)]
+    return ", ".join(f"{target} in {found.count(target)}" for target in TARGETS if target in found) + " studies"
 
 
 def _elsewhere(cells: Sequence[Result]) -> str:
@@ -150,7 +159,11 @@ def _excess_against_floor(cells: Sequence[Result]) -> str:
             found.append(rank_correlation(excess, floor))
         if found:
             parts.append(f"{target} {mean(found):+.2f}")
-    return f"Rank correlation of excess and floor in the own target: {', '.join(parts)}" if parts else "not trained"
+    return (
+        f"Rank correlation of excess and floor in the own target (the claim: near -1): {', '.join(parts)}"
+        if parts
+        else "not trained"
+    )
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -167,16 +180,20 @@ def _own_space(target: str, logsnr: float) -> float:
 
 
 def _pair(cells: Sequence[Result], first: str, second: str) -> str:
-    """One weighting over another: excess and Frechet distance, geometric means over studies, targets and seeds."""
+    """One weighting over another: excess and Frechet distance, geometric means over all runs and over each target's."""
     parts = []
     for name, measure, own_cells in (
         ("excess", final_excess, [cell for cell in cells if cell["data"] != "digits"]),
         ("Frechet distance", final_frechet, list(cells)),
     ):
-        logs = [x for _, own in _groups(own_cells) for x in _log_ratios(own, first, second, measure)]
+        by_target: dict[str, list[float]] = {}
+        for target, own in _groups(own_cells):
+            by_target.setdefault(target, []).extend(_log_ratios(own, first, second, measure))
+        logs = [x for found in by_target.values() for x in found]
         if logs:
             lower = sum(x < 0 for x in logs)
-            parts.append(f"{name} times {math.exp(mean(logs)):.2f}, lower in {lower} of {len(logs)} runs")
+            each = ", ".join(f"{t} {math.exp(mean(by_target[t])):.2f}" for t in TARGETS if by_target.get(t))
+            parts.append(f"{name} times {math.exp(mean(logs)):.2f} ({each}), lower in {lower} of {len(logs)} runs")
     return f"{first} against {second}: " + "; ".join(parts) if parts else "not trained"
 
 
@@ -185,12 +202,10 @@ def _log_ratios(cells: Sequence[Result], first: str, second: str, measure: Measu
     return [math.log(values[0][seed] / values[1][seed]) for seed in values[0] if seed in values[1]]
 
 
-def _order(cells: Sequence[Result], measure: Measure, among: Sequence[str]) -> list[str]:
-    return [weighting for weighting in ranking(cells, measure) if weighting in among]
-
-
-def _has(cells: Sequence[Result], wanted: Sequence[str]) -> bool:
-    return set(wanted) <= {cell["weighting"] for cell in cells} <= set(WEIGHTINGS)
+def _most_frequent(names: Sequence[str]) -> str:
+    """All that are equally often there."""
+    most = max(map(names.count, names))
+    return " and ".join(name for name in dict.fromkeys(names) if names.count(name) == most)
 
 
 def _band(band: str) -> Measure:

@@ -27,6 +27,7 @@ from .weighting_cells import TARGETS
 from .weighting_statistics import (
     BASELINE,
     Result,
+    common_seeds,
     excess_in,
     final_frechet,
     last,
@@ -62,15 +63,15 @@ def draw_excess(cells: Sequence[Result], path: Path) -> None:
     own = of_study(cells, study)
     targets = [target for target in TARGETS if select(own, target=target)]
     figure = new_figure(4.9 * len(targets) + 0.6, 8.0)
-    seeds = len({cell["seed"] for cell in own})
-    figure.suptitle(
-        f"Distance from the best possible prediction, {title_of(study)}, mean of {seeds} seeds", fontsize=13
-    )
+    counts = [len(select(own, target=target, weighting=w)) for target in targets for w in STYLES]
+    seeds = " to ".join(str(n) for n in sorted({min(n for n in counts if n), max(counts)}))
+    title = f"Distance from the best possible prediction, {title_of(study)}, geometric mean over seeds ({seeds})"
+    figure.suptitle(title, fontsize=13)
     grid = figure.subplots(2, len(targets), squeeze=False, sharex=True, sharey="row")
     for (above, below), target in zip(grid.T, targets, strict=True):
         chosen = select(own, target=target)
-        _draw_levels(above, chosen, None)
-        _draw_levels(below, chosen, _levels(select(chosen, weighting=BASELINE)))
+        _draw_levels(above, chosen)
+        _draw_levels(below, chosen, over_constant=True)
         above.set_title(f"{target} prediction", loc="left", fontsize=11)
         below.set_xlabel("log-SNR      noise  ←  →  clean")
     grid[0, 0].set_ylabel("excess / Bayes floor")
@@ -84,14 +85,22 @@ def _levels(cells: Sequence[Result]) -> np.ndarray:
     return np.exp(np.mean([np.log(relative_excess(last(cell))) for cell in cells], axis=0))
 
 
-def _draw_levels(axes: Axes, cells: Sequence[Result], over: np.ndarray | None) -> None:
+def _draw_levels(axes: Axes, cells: Sequence[Result], *, over_constant: bool = False) -> None:
+    """Over those of `constant` with the same seeds, if so wished."""
+    base = select(cells, weighting=BASELINE)
     for weighting, (color, line, _) in STYLES.items():
         own = select(cells, weighting=weighting)
+        if over_constant:
+            shared = common_seeds(cells, (weighting, BASELINE))
+            own = [cell for cell in own if cell["seed"] in shared]
         if own:
-            values = _levels(own) if over is None else _levels(own) / over
+            values = _levels(own)
+            if over_constant:
+                seeds = {cell["seed"] for cell in own}
+                values = values / _levels([cell for cell in base if cell["seed"] in seeds])
             axes.plot(last(own[0])["logsnr"], values, line, color=color, linewidth=1.9, label=name_of(weighting))
     axes.set_yscale("log")
-    if over is not None:
+    if over_constant:
         _plain_ratios(axes)
     tidy(axes)
 
@@ -134,6 +143,7 @@ def _draw_ratios(
     axes.axhline(1.0, color=BLACK, linewidth=1.0, label="constant")
     for at in range(1, len(groups)):
         axes.axvline(at - 0.5, color="#DDDDDD", linewidth=0.8)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks(range(len(groups)), [_tick_of(s) for s, _ in groups], fontsize=7.5)
     axes.set_yscale("log")
     _plain_ratios(axes)
@@ -196,7 +206,9 @@ def _plain_ratios(axes: Axes) -> None:
     """0.5 and 2 instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 3.0, 5.0, 7.0) if high < 100.0 * low else (1.0, 3.0)  # as many as find room
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

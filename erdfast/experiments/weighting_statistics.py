@@ -94,9 +94,26 @@ def ratio(cells: Sequence[Result], weighting: str, measure: Callable[[Result], f
     return Ratio(math.exp(middle), *ends, sum(x < 0 for x in logs), len(logs))
 
 
-def ranking(cells: Sequence[Result], measure: Callable[[Result], float]) -> list[str]:
-    """Weightings of one study and target, the least geometric mean over seeds first."""
-    weightings = dict.fromkeys(cell["weighting"] for cell in cells)
+def common_seeds(cells: Sequence[Result], weightings: Iterable[str]) -> set[int]:
+    """Seeds that all of these have in one study and target: an unfinished experiment has more of some."""
+    return set.intersection(*({cell["seed"] for cell in select(cells, weighting=w)} for w in weightings))
+
+
+def ranking(
+    cells: Sequence[Result], measure: Callable[[Result], float], among: Iterable[str] | None = None
+) -> list[str]:
+    """Weightings of one study and target, the least geometric mean over the seeds that all have first; empty if none.
+
+    Args:
+        cells: of the study and target.
+        measure: what is compared.
+        among: these alone; by default all that are there.
+    """
+    weightings = list(dict.fromkeys(cell["weighting"] for cell in cells) if among is None else among)
+    seeds = common_seeds(cells, weightings)
+    if not seeds:
+        return []
+    cells = [cell for cell in cells if cell["seed"] in seeds]
     logs = {w: mean(math.log(measure(cell)) for cell in select(cells, weighting=w)) for w in weightings}
     return sorted(logs, key=lambda w: logs[w])
 

@@ -25,8 +25,16 @@ from erdfast.experiments.weighting_cells import (
     run_cell,
 )
 from erdfast.experiments.weighting_claims import claims, rank_correlation
-from erdfast.experiments.weighting_report import format_ratio, ratio_table, render, write_report
-from erdfast.experiments.weighting_statistics import Ratio, excess_in, ranking, ratio, relative_excess, sample_value
+from erdfast.experiments.weighting_report import allocation_table, format_ratio, ratio_table, render, write_report
+from erdfast.experiments.weighting_statistics import (
+    Ratio,
+    excess_in,
+    final_frechet,
+    ranking,
+    ratio,
+    relative_excess,
+    sample_value,
+)
 from erdfast.process import Process
 
 
@@ -186,6 +194,13 @@ def test_ratios_pair_equal_seeds():
     assert format_ratio(Ratio(0.5, 0.5, 0.5, 1, 1)) == "0.50"
 
 
+def test_an_unfinished_experiment_ranks_the_seeds_that_all_have():
+    values = {("constant", 0): 4.0, ("constant", 1): 0.1, ("erd", 0): 2.0}
+    cells = [made_up(lambda _: 1.0, value, weighting=w, seed=seed) for (w, seed), value in values.items()]
+    assert ranking(cells, final_frechet) == ["erd", "constant"]
+    assert ranking(cells, final_frechet, ("constant", "p2")) == []
+
+
 def test_rank_correlation():
     assert rank_correlation([1.0, 2.0, 30.0], [3.0, 4.0, 5.0]) == pytest.approx(1.0)
     assert rank_correlation([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]) == pytest.approx(0.6)
@@ -202,8 +217,8 @@ def test_claims_tell_what_was_seen():
             cells.append(made_up(tilt, frechet, target=target, weighting=name))
     seen = {row[0]: row[2] for row in claims(cells)}
     first = next(text for claim, text in seen.items() if claim.startswith("ERD has the lowest FID"))
-    assert "eps: first in 1 of 1 studies (of all weightings erd is most often first)" in first
-    assert "v: first in 0 of 1 studies (of all weightings constant is most often first)" in first
+    assert "eps: first in 1 of 1 studies, 1 of 1 single seeds (of all weightings most often first: erd)" in first
+    assert "v: first in 0 of 1 studies, 0 of 1 single seeds (of all weightings most often first: constant)" in first
     along = next(text for claim, text in seen.items() if claim.startswith("..."))
     assert along == "First in 1 of 3 after half, 1 of 3 after all of the training (studies times targets)"
     elsewhere = next(text for claim, text in seen.items() if claim.startswith("Less weight"))
@@ -216,6 +231,14 @@ def test_claims_tell_what_was_seen():
 def test_claims_about_what_was_not_trained():
     rows = claims([made_up(lambda _: 1.0, 1.0, weighting="debias")])
     assert {row[2] for row in rows} == {"not trained"}
+
+
+def test_where_the_weight_lies():
+    rows = {tuple(r.split(" | ")[:2]): r.split(" | ")[2:] for r in allocation_table().splitlines()}
+    assert rows["| v", "debias"] == rows["| v", "erd"]  # 1/sqrt(SNR) in eps is alpha sigma in v
+    assert rows["| eps", "constant"][-2:] == ["1.000", "1 |"]
+    assert float(rows["| eps", "debias"][3]) > 0.8  # all but unweighted where the excess is measured
+    assert float(rows["| eps", "debias"][4]) < 0.01
 
 
 ENVIRONMENT = dict.fromkeys(("command", "erdfast", "torch", "device", "commit"), "x")
