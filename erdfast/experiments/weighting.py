@@ -20,7 +20,7 @@ from erdfast.atomic import write_text
 from erdfast.cells import read_cell, run_missing
 from erdfast.training.run_directory import describe_environment
 
-from .weighting_cells import TARGETS, WEIGHTINGS, Cell, run_cell
+from .weighting_cells import TARGETS, USUAL, WEIGHTINGS, Cell, run_cell
 
 STD = 0.4
 """Spread within a mode, if not varied."""
@@ -29,8 +29,8 @@ SMALL: Study = {"data": "mixture_4x8x8", "steps": 800, "batch": 64}
 LARGE: Study = {"data": "mixture_4x32x32", "steps": 600, "batch": 16, "samples": 250}
 STUDIES: dict[str, list[Study]] = {
     "cpu": [
-        {**SMALL, "std": STD, "network": "dit"},
-        {**SMALL, "std": STD, "network": "uvit"},
+        {**SMALL, "std": STD, "network": "dit", "weightings": tuple(WEIGHTINGS)},
+        {**SMALL, "std": STD, "network": "uvit", "weightings": tuple(WEIGHTINGS)},
         {**LARGE, "std": STD, "network": "dit"},
         {"data": "digits", "std": 0.0, "network": "dit", "steps": 1200, "batch": 64},
         {**LARGE, "std": STD, "network": "uvit"},
@@ -41,7 +41,7 @@ STUDIES: dict[str, list[Study]] = {
         {"data": "mixture_4x32x32", "std": STD, "network": "dit_s2", "steps": 1000, "batch": 128, "samples": 1000},
     ],
 }
-"""By scale, in order of interest: each with every target and weighting."""
+"""By scale, in order of interest: each with every target and, if not named otherwise, all of USUAL."""
 SEEDS = {"cpu": (0, 1, 2), "gpu": (0, 1, 2, 3, 4)}
 QUICK: list[Study] = [
     {"data": "mixture_4x8x8", "std": STD, "network": "dit", "steps": 40, "batch": 32, "samples": 40},
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.only_report:
         run_missing(run_cell, cells, config.out / "cells", config.workers)
     found = [result for cell in cells if (result := read_cell(config.out / "cells", cell)) is not None]
+    found, diverged = [c for c in found if c["curve"]], [c for c in found if not c["curve"]]
     if not found:
         raise ValueError(f"{config.out / 'cells'} holds no cell of this experiment: leave --only-report out")
     extra = " --quick" if config.quick else "" if config.scale == "cpu" else f" --scale {config.scale}"
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": date.today().isoformat(),
         "environment": describe_environment() | {"command": command},
         "planned": len(cells),
+        "diverged": [f"{c['data']} {c['network']} {c['target']} {c['weighting']} seed {c['seed']}" for c in diverged],
         "cells": found,
     }
     write_text(config.out / "results.json", json.dumps(results, separators=(",", ":")) + "\n")
@@ -101,10 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def planned_cells(scale: str, *, quick: bool = False) -> Iterator[Cell]:
     """Each once: study after study, within it seed after seed."""
     for study in QUICK if quick else STUDIES[scale]:
+        settings = dict(study)
+        weightings = settings.pop("weightings", USUAL)
         for seed in (0,) if quick else SEEDS[scale]:
             for target in TARGETS[:1] if quick else TARGETS:
-                for weighting in ("constant", "erd") if quick else WEIGHTINGS:
-                    yield Cell(**study, target=target, weighting=weighting, seed=seed)
+                for weighting in ("constant", "erd") if quick else weightings:
+                    yield Cell(**settings, target=target, weighting=weighting, seed=seed)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,13 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
     "erd": {"weighting": "erd"},
     "erd_logsnr": {"weighting": "erd", "allocation": "logsnr"},
     "erd_sampled": {"weighting": "erd", "as_sampling": True},
+    "erd_logsnr_sampled": {"weighting": "erd", "allocation": "logsnr", "as_sampling": True},
 }
 """What is compared: options of the process. ERD's allocation is over time if not said otherwise; sampled: its weight is
 the density of times."""
+USUAL = tuple(name for name in WEIGHTINGS if name != "erd_logsnr_sampled")
+"""What every study has. Over log-SNR ERD's weight is 100 times its mean at rare times: whether that is what spoils its
+training, or the allocation, is asked of two studies alone."""
 TARGETS = ("eps", "x0", "v")
 NUM_CLASSES = 10
 LABEL_DROP = 0.1
@@ -103,7 +107,8 @@ class Cell:
 
 
 def run_cell(cell: Cell) -> Result:
-    """Train and measure: a pure function of the cell and the kind of device."""
+    """Train and measure: a pure function of the cell and the kind of device. Of a network that diverged the curve is
+    empty."""
     torch.manual_seed(cell.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # TF32 errs by about 1e-6 of the target's square, far below any excess
@@ -127,7 +132,10 @@ def run_cell(cell: Cell) -> Result:
         return Examples(x0, time, labels)
 
     settings: dict[str, Any] = {"steps": cell.steps, "seed": cell.seed, "optimizer": OPTIMIZER, "ema_decay": EMA_DECAY}
-    train(network, process, batch, **settings, after_step=look)
+    try:
+        train(network, process, batch, **settings, after_step=look)
+    except FloatingPointError:
+        curve = []
     return dataclasses.asdict(cell) | {"curve": curve}
 
 
@@ -135,6 +143,13 @@ Draw = Callable[[int], tuple[Tensor, Tensor]]
 """(x0, labels) of a step."""
 Measure = Callable[[Backbone, Process, bool], Result]
 """What is seen of a network; more of it at the end."""
+
+
+def finite(x: Tensor) -> Tensor:
+    """x; FloatingPointError if the network that made it has diverged."""
+    if not bool(x.isfinite().all()):
+        raise FloatingPointError("the network has diverged")
+    return x
 
 
 # ---------------------------------------------------------------------- mixtures
@@ -187,7 +202,7 @@ def excess_by_level(
         t = (known - wanted).abs().argmin().expand(HELD_OUT)
         coef = process.coefficients(t, dtype=torch.float64)
         x_t = add_noise(x0.to(device), process.coefficients(t), NoiseKey(data.seed, 2**31 + number))
-        pred = network(x_t, coef.time.float(), labels.to(device))
+        pred = finite(network(x_t, coef.time.float(), labels.to(device)))
         v = process.convert(pred, x_t, t, "v").double().cpu()
         alpha, sigma = coef.alpha.cpu(), coef.sigma.cpu()
         excesses.append(float((v - data.target_mean(x_t.cpu(), alpha, sigma, -sigma, alpha, labels)).square().mean()))
@@ -202,7 +217,7 @@ def sample_errors(network: Backbone, process: Process, data: GaussianMixture, ce
     labels = torch.arange(cell.samples) % NUM_CLASSES
     options: dict[str, Any] = {"steps": steps, "seed": cell.seed, "batch_size": 128}
     x = sample(network, process, num=cell.samples, labels=labels, **options)
-    return compare(data, x, labels)
+    return compare(data, finite(x), labels)
 
 
 def compare(data: GaussianMixture, x: Tensor, labels: Tensor) -> Result:
@@ -238,7 +253,7 @@ def digits(cell: Cell, device: torch.device) -> tuple[Draw, Measure]:
     def measure(network: Backbone, process: Process, last: bool) -> Result:
         def draw_samples(wanted: Tensor, cfg_scale: float) -> Tensor:
             options: dict[str, Any] = {"steps": DIGITS_STEPS, "seed": cell.seed, "batch_size": 250}
-            return sample(network, process, num=len(wanted), labels=wanted, cfg_scale=cfg_scale, **options)
+            return finite(sample(network, process, num=len(wanted), labels=wanted, cfg_scale=cfg_scale, **options))
 
         report = digits_report(draw_samples, num_unguided=cell.samples, num_guided=cell.samples // 2)
         found = {"frechet": report.frechet_distance, "recognised": report.label_accuracy}

@@ -8,7 +8,7 @@ from statistics import mean
 
 import numpy as np
 
-from .weighting_cells import TARGETS, WEIGHTINGS
+from .weighting_cells import TARGETS, USUAL
 from .weighting_statistics import (
     BASELINE,
     Result,
@@ -59,12 +59,12 @@ def claims(cells: Sequence[Result]) -> list[list[str]]:
         (
             "What counts is the allocation over log-SNR, not over time",
             "ERD, remark E.2",
-            _pair(cells, "erd_logsnr", "erd"),
+            _pairs(cells, ("erd_logsnr", "erd_logsnr_sampled"), "erd"),
         ),
         (
-            "Drawing times by the weight is weighting with a lower variance",
+            "Drawing times by the weight trains better than weighing",
             "this project",
-            _pair(cells, "erd_sampled", "erd"),
+            _pairs(cells, ("erd_sampled",), "erd"),
         ),
     ]
     return [list(row) for row in rows]
@@ -87,7 +87,7 @@ def _first_places(cells: Sequence[Result], measure: Measure, name: str) -> str:
             firsts = sum(ranking(own, measure, IN_PAPER)[0] == "erd" for own in groups)
             runs = [select(own, seed=seed) for own in groups for seed in sorted(common_seeds(own, IN_PAPER))]
             alone = sum(ranking(run, measure, IN_PAPER)[0] == "erd" for run in runs)
-            winners = [order[0] for own in groups if (order := ranking(own, measure, WEIGHTINGS))]
+            winners = [order[0] for own in groups if (order := ranking(own, measure, USUAL))]
             parts.append(
                 f"{target}: first in {firsts} of {len(groups)} studies, {alone} of {len(runs)} single seeds"
                 + (f" (of all weightings most often first: {_most_frequent(winners)})" if winners else "")
@@ -179,6 +179,11 @@ def _own_space(target: str, logsnr: float) -> float:
     return 1.0 / (1.0 + math.exp(logsnr if target == "x0" else -logsnr))
 
 
+def _pairs(cells: Sequence[Result], first: Sequence[str], second: str) -> str:
+    parts = [part for name in first if (part := _pair(cells, name, second))]
+    return ". ".join(parts) or "not trained"
+
+
 def _pair(cells: Sequence[Result], first: str, second: str) -> str:
     """One weighting over another: excess and Frechet distance, geometric means over all runs and over each target's."""
     parts = []
@@ -194,7 +199,7 @@ def _pair(cells: Sequence[Result], first: str, second: str) -> str:
             lower = sum(x < 0 for x in logs)
             each = ", ".join(f"{t} {math.exp(mean(by_target[t])):.2f}" for t in TARGETS if by_target.get(t))
             parts.append(f"{name} times {math.exp(mean(logs)):.2f} ({each}), lower in {lower} of {len(logs)} runs")
-    return f"{first} against {second}: " + "; ".join(parts) if parts else "not trained"
+    return f"{first} against {second}: " + "; ".join(parts) if parts else ""
 
 
 def _log_ratios(cells: Sequence[Result], first: str, second: str, measure: Measure) -> list[float]:

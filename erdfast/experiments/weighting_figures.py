@@ -51,9 +51,15 @@ STYLES = {
     "erd": (ORANGE, "-", "o"),
     "erd_logsnr": (YELLOW, "--", "v"),
     "erd_sampled": (SKY, "-.", "P"),
+    "erd_logsnr_sampled": (GREY, ":", "X"),
 }
 """Colour, line and marker of each weighting."""
-NAMES = {"erd": "erd (time)", "erd_logsnr": "erd (log-SNR)", "erd_sampled": "erd (time, as sampling)"}
+NAMES = {
+    "erd": "erd (time)",
+    "erd_logsnr": "erd (log-SNR)",
+    "erd_sampled": "erd (time, as sampling)",
+    "erd_logsnr_sampled": "erd (log-SNR, as sampling)",
+}
 NETWORK_NAMES = {"dit": "DiT", "uvit": "U-ViT", "dit_s2": "DiT-S/2"}
 
 

@@ -51,7 +51,8 @@ Share of the weight, summed over the 1000 times of `cosine`, by log-SNR (beyond 
 measured). Effective times: (sum w)^2 / sum w^2 over 1000, the share of the samples that count; largest: weight over
 mean weight. Adam takes no notice of a weight's scale, but it does of rare, large ones: where few times are effective,
 gradients are noisy and steps after a large one are small, so that what is seen is no test of the allocation alone.
-Rows of one target that are equal are the same weighting up to its scale; erd_sampled allocates like erd.
+Rows of one target that are equal are the same weighting up to its scale; erd_sampled allocates like erd, and
+erd_logsnr_sampled like erd_logsnr, both by drawing times instead.
 """
 
 
@@ -81,7 +82,9 @@ def render(results: dict[str, Any], figures: Sequence[str] = ()) -> str:
     parts = [
         "# What a loss weighting changes\n",
         f"`{where['command']}`: {len(cells)} of {results['planned']} trainings; erdfast {where['erdfast']}, torch "
-        f"{where['torch']}, {where['device']}, {results['date']}, commit `{where['commit']}`.\n",
+        f"{where['torch']}, {where['device']}, {results['date']}, commit `{where['commit']}`."
+        + (f" Diverged, and left out: {', '.join(results['diverged'])}." if results.get("diverged") else "")
+        + "\n",
         EXPLAINED,
         *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in figures),
         "## What the documents claim and what was seen\n",

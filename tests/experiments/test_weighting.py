@@ -16,6 +16,7 @@ from erdfast.experiments import weighting
 from erdfast.experiments.weighting_cells import (
     LOGSNRS,
     NETWORKS,
+    OPTIMIZER,
     TARGETS,
     WEIGHTINGS,
     Cell,
@@ -48,11 +49,13 @@ def cell(**options: Any) -> Cell:
 
 def test_every_target_weighting_and_seed_is_trained_in_every_study_once():
     cells = list(weighting.planned_cells("cpu"))
-    assert len({c.name for c in cells}) == len(cells) == 7 * 3 * 3 * 7
+    assert len({c.name for c in cells}) == len(cells) == 7 * 3 * 3 * 7 + 2 * 3 * 3
     for study in weighting.STUDIES["cpu"]:
-        own = [c for c in cells if all(getattr(c, name) == value for name, value in study.items())]
+        settings = {name: value for name, value in study.items() if name != "weightings"}
+        names = study.get("weightings", [name for name in WEIGHTINGS if name != "erd_logsnr_sampled"])
+        own = [c for c in cells if all(getattr(c, name) == value for name, value in settings.items())]
         assert {(c.target, c.weighting, c.seed) for c in own} == {
-            (target, name, seed) for target in TARGETS for name in WEIGHTINGS for seed in (0, 1, 2)
+            (target, name, seed) for target in TARGETS for name in names for seed in (0, 1, 2)
         }
     assert {(c.data, c.network) for c in cells} <= NETWORKS.keys()
 
@@ -224,8 +227,26 @@ def test_claims_tell_what_was_seen():
     elsewhere = next(text for claim, text in seen.items() if claim.startswith("Less weight"))
     assert f"eps: excess at high noise times {math.exp(-0.55):.2f}" in elsewhere
     assert f"at low noise, from where weight was taken, times {math.exp(0.55):.2f}" in elsewhere
+    logsnr = next(text for claim, text in seen.items() if claim.startswith("What counts"))
+    assert "erd_logsnr against erd: excess times 1.00" in logsnr
+    assert ". erd_logsnr_sampled against erd: " in logsnr
     pair = next(text for claim, text in seen.items() if claim.startswith("Drawing times"))
     assert pair.startswith("erd_sampled against erd: excess times 1.00")
+
+
+def test_a_network_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):
+    good, bad = cell(samples=10), cell(samples=10, weighting="constant")
+    monkeypatch.setattr(weighting, "planned_cells", lambda scale, quick: iter([good, bad]))
+    monkeypatch.setattr("erdfast.experiments.weighting_cells.OPTIMIZER", dataclasses.replace(OPTIMIZER, lr=1e30))
+    broken = run_cell(bad)
+    assert broken["curve"] == []
+    for settings, found in ((good, made_up(lambda _: 1.0, 2.0, samples=10)), (bad, broken)):
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / "cells" / f"{settings.name}.json").write_text(json.dumps(found))
+    assert weighting.main(["--out", str(tmp_path), "--only-report"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["cells"]) == 1
+    assert "Diverged, and left out: mixture_4x8x8 dit eps constant seed 0." in (tmp_path / "weighting.md").read_text()
 
 
 def test_claims_about_what_was_not_trained():
