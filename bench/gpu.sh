@@ -213,7 +213,7 @@ for name in "$@"; do
   if [ -n "${OUT:-}" ]; then
     mkdir -p "$OUT"
     cp "$logs/$name.log" "$OUT/"
-    find bench/results \( -name '*.json' -o -name '*.png' \) -newer "$logs/begun" -print0 | while IFS= read -r -d '' file; do
+    find bench/results \( -name '*.json' -o -name '*.png' -o -name '*.md' \) -newer "$logs/begun" -print0 | while IFS= read -r -d '' file; do
       mkdir -p "$OUT/$(basename "$(dirname "$file")")"
       cp "$file" "$OUT/$(basename "$(dirname "$file")")/"
     done

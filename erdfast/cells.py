@@ -10,10 +10,11 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -91,6 +92,16 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return {key: rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def select(cells: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The results of these settings."""
+    return [cell for cell in cells if all(cell[name] == value for name, value in wanted.items())]
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, which is 0 for a single seed."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:

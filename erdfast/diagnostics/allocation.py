@@ -68,9 +68,8 @@ def allocate(process: Process) -> Allocation:
         t = torch.arange(process.schedule.num_timesteps, device=where).flip(0)
     else:
         t = process.schedule.t_from_logsnr(torch.linspace(-LOGSNR_LIMIT, LOGSNR_LIMIT, NODES, dtype=torch.float64))
-        t = (
-            torch.unique(t).flip(0).to(where)
-        )  # each once: beyond what the schedule reaches it has the times of its ends
+        # Each once: beyond what the schedule reaches there are the times of its ends.
+        t = torch.unique(t).flip(0).to(where)
     coef = process.coefficients(t, dtype=torch.float64)
     columns = (coef.logsnr, coef.w, process.logsnr_density(t), process.recoverability(t))
     logsnr, weight, density, omega = (column.cpu() for column in columns)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erdfast.atomic import write_text
+from erdfast.cells import rounded
 from erdfast.figure_style import save_figure
 
 if TYPE_CHECKING:
@@ -97,12 +98,12 @@ def _tagged(rows: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file; numbers in six significant digits, those that are not finite as null."""
-    write_text(path, json.dumps(_plain(value), separators=(",", ":"), allow_nan=False) + "\n")
+    write_text(path, json.dumps(rounded(_plain(value)), separators=(",", ":"), allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

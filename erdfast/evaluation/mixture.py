@@ -39,6 +39,7 @@ class KnownMixture:
 
     def __init__(self, mixture: GaussianMixture) -> None:
         self._std, self._mode_class, self._num_classes = mixture.std, mixture.mode_class, mixture.num_classes
+        self.num_modes = len(mixture.mode_class)
         self._basis = _span(mixture.means)
         self._means = mixture.means @ self._basis
         self._left = mixture.means.shape[1] - self._basis.shape[1]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from erdfast.atomic import write_text
+from erdfast.cells import mean_and_spread
+from erdfast.cells import select as select_settings
 from erdfast.diagnostics.linear_theory import k_star
 from erdfast.diagnostics.manifold_data import MANIFOLDS
 from erdfast.diagnostics.report import markdown_table
@@ -58,14 +59,12 @@ def write_report(results: dict[str, Any], out: Path) -> None:
 def select(cells: Iterable[Result], **wanted: Any) -> list[Result]:
     """The cells of these settings; `learnt=True` or False chooses by whether k was learnt."""
     learnt = wanted.pop("learnt", None)
-    found = [cell for cell in cells if all(cell[name] == value for name, value in wanted.items())]
-    return [cell for cell in found if learnt is None or (cell["k"] is None) == learnt]
+    return [cell for cell in select_settings(cells, **wanted) if learnt is None or (cell["k"] is None) == learnt]
 
 
 def over_seeds(cells: Sequence[Result], name: str) -> tuple[float, float]:
     """Mean and standard deviation (0 of one)."""
-    values = [cell[name] for cell in cells]
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    return mean_and_spread([cell[name] for cell in cells])
 
 
 def dims_of(cells: Iterable[Result]) -> list[int]:

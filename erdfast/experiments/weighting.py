@@ -60,7 +60,7 @@ class WeightingConfig:
     quick: bool = False
     """A few short cells: shows that it works, in two minutes; its numbers mean little."""
     workers: int = 2
-    """Processes, of one thread each; 1 for a GPU."""
+    """Processes, of one thread each; they share a GPU."""
     only_report: bool = False
     """Train nothing: sum up the cells that are there."""
 

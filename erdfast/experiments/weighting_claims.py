@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 
-import numpy as np
+from erdfast.diagnostics.toy_findings import rank_correlation
 
 from .weighting_cells import TARGETS, USUAL
 from .weighting_statistics import (
@@ -164,12 +164,6 @@ def _excess_against_floor(cells: Sequence[Result]) -> str:
         if parts
         else "not trained"
     )
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, for numbers of which no two are equal."""
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _own_space(target: str, logsnr: float) -> float:

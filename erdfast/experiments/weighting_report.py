@@ -24,8 +24,8 @@ from .weighting_statistics import (
     final_excess,
     final_frechet,
     last,
+    mean_and_spread,
     of_study,
-    over_seeds,
     ratio,
     sample_value,
     select,
@@ -193,5 +193,5 @@ def format_ratio(value: Ratio | None) -> str:
 
 def with_spread(values: Sequence[float]) -> str:
     """Three digits and, with several seeds, their standard deviation."""
-    middle, spread = over_seeds(values)
+    middle, spread = mean_and_spread(values)
     return f"{middle:.3g}" + (f" (+-{spread:.2g})" if len(values) > 1 else "")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
+
+from erdfast.cells import mean_and_spread, select
 
 Result = dict[str, Any]
 BANDS: dict[str, Callable[[float], bool]] = {
@@ -35,11 +37,6 @@ class Ratio(NamedTuple):
     """Seeds in which it was below 1."""
     count: int
     """Seeds."""
-
-
-def select(cells: Iterable[Result], **wanted: Any) -> list[Result]:
-    """The cells with these settings."""
-    return [cell for cell in cells if all(cell[name] == value for name, value in wanted.items())]
 
 
 def studies(cells: Iterable[Result]) -> list[tuple[str, str, float]]:
@@ -77,11 +74,6 @@ def last(cell: Result) -> Result:
     return cell["curve"][-1]
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, which is 0 for a single seed."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
-
-
 def ratio(cells: Sequence[Result], weighting: str, measure: Callable[[Result], float]) -> Ratio | None:
     """A weighting against `constant` among the cells of one study and target, seed by seed; None if none has both."""
     base = {cell["seed"]: measure(cell) for cell in select(cells, weighting=BASELINE)}
@@ -89,7 +81,7 @@ def ratio(cells: Sequence[Result], weighting: str, measure: Callable[[Result], f
     logs = [math.log(own[seed] / base[seed]) for seed in own if seed in base]
     if not logs:
         return None
-    middle, spread = over_seeds(logs)
+    middle, spread = mean_and_spread(logs)
     ends = (math.exp(middle - spread), math.exp(middle + spread))
     return Ratio(math.exp(middle), *ends, sum(x < 0 for x in logs), len(logs))
 
