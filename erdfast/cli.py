@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -10,9 +11,10 @@ import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -186,29 +188,55 @@ def keep_freed_memory() -> None:
 
 
 def run(main: Callable[[], int | None], program: str) -> None:
+    """Call `main` and exit with `exit_code`'s code."""
+    keep_freed_memory()
+    code = exit_code(main, program)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(code)
+    sys.exit(code)
+
+
+def exit_code(main: Callable[[], int | None], program: str) -> int:
     """Call `main`; errors that users can mend become one line on stderr and exit code 2.
 
     ValueError: input; ImportError: a missing extra; OSError: disk and files; ArithmeticError: a diverged run.
     """
-    keep_freed_memory()
     try:
-        code = main()
+        return main() or 0
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise  # a text: Python's own way writes it
+        return end.code
     except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 0
     except (ValueError, ImportError, OSError, ArithmeticError) as error:
         _say(f"{program}: error: {' '.join(str(error).split())}")
-        sys.exit(2)
+        return 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise  # a bug of ours
         reason = " ".join(str(error).split())[:200]
         _say(f"{program}: error: out of memory ({reason}): try a smaller --batch-size")
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         _say(f"{program}: interrupted")
-        sys.exit(130)
-    sys.exit(code)
+        return 130
+
+
+def _leave(code: int) -> NoReturn:
+    """End one process of several: what was to be done at exit is done, but the interpreter is not taken down.
+
+    Gloo's threads live as long as DTensor's caches hold their group. One that has yet to let go of a collective's
+    tensor needs the interpreter for it, and without one it ends the process with SIGABRT: a run that is complete
+    would be called failed, and torchrun would start it again.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons; no public name has it
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def _say(line: str) -> None:

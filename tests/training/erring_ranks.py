@@ -79,8 +79,5 @@ if __name__ == "__main__":
     codes = {}
     for number, (name, case) in enumerate(CASES.items()):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # so that each meets anew
-        try:
-            cli.run(case, name)
-        except SystemExit as stop:
-            codes[name] = stop.code
+        codes[name] = cli.exit_code(case, name)
     (FOLDER / f"{RANK}.json").write_text(json.dumps(codes))

@@ -98,6 +98,14 @@ def test_a_rank_that_dies_is_started_again(tmp_path, shared):
     assert_same_bits(all_tensors(run), all_tensors(shared))
 
 
+def test_the_end_of_a_process_waits_for_no_collective(tmp_path):
+    """Gloo's threads are not stopped in the middle: that would end a complete run with SIGABRT."""
+    with torchrun(ROOT / "tests" / "training" / "late_collective.py", tmp_path) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at exit", "thread"]
+
+
 @pytest.mark.slow
 def test_preemption_of_several_processes(tmp_path, shared):
     run = tmp_path / "run"
