@@ -101,7 +101,7 @@ def attention(heads: Heads, batch: int, count: int) -> Work:
         flops=count * 12 * elements * heads.tokens,
         fused_bytes=num_bytes,
         eager_bytes=num_bytes,
-        fields={"shape": [batch, *heads]} | BF16,
+        fields={"batch": batch, "heads": heads.num_heads, "tokens": heads.tokens, "width": heads.width} | BF16,
     )
 
 

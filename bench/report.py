@@ -2,6 +2,7 @@
 
 - README.md: what lies between the lines `<!-- bench:OP:DEVICE -->` and `<!-- /bench -->` becomes the table of
   bench/results/DEVICE/OP.json. With `<!-- bench:OP:DEVICE:WORDS -->` only rows whose case and pass contain every word.
+  OP step_model: what bench/step_model.py predicts from all results of the device.
 - bench/results/DEVICE/README.md: all tables of a device.
 - bench/results/README.md: what the compiler says about the Triton kernels (bench/results/aot.json).
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import ALONE, NOT_COMPILED, RESULTS
+from bench.step_model import table as step_model_table
 from bench.store import PARTIAL
 from erdfast.atomic import write_text
 
@@ -322,8 +324,8 @@ def render(text: str) -> str:
         if opened is None and match is not None:
             op, device, words = match.groups()
             try:
-                filled = render_file(RESULTS / device / f"{op}.json", (words or "").split())
-            except ReportError as error:
+                filled = _filling(op, RESULTS / device, (words or "").split())
+            except ValueError as error:
                 raise ReportError(f"README.md, {marker}: {error}") from error
             lines += [line, filled]
             opened = marker
@@ -340,6 +342,11 @@ def render(text: str) -> str:
     if opened is not None:
         raise ReportError(f"README.md, {opened}: there is no line {CLOSING} after it")
     return "".join(lines)
+
+
+def _filling(op: str, folder: Path, words: Sequence[str]) -> str:
+    """What a marker asks for."""
+    return step_model_table(folder) if op == "step_model" else render_file(folder / f"{op}.json", words)
 
 
 def device_page(folder: Path) -> str | None:

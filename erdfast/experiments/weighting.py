@@ -20,7 +20,7 @@ from erdfast.atomic import write_text
 from erdfast.cells import read_cell, run_missing
 from erdfast.training.run_directory import describe_environment
 
-from .weighting_cells import TARGETS, USUAL, WEIGHTINGS, Cell, run_cell
+from .weighting_cells import IN_PAPER, TARGETS, USUAL, WEIGHTINGS, Cell, run_cell
 
 STD = 0.4
 """Spread within a mode, if not varied."""
@@ -34,8 +34,8 @@ STUDIES: dict[str, list[Study]] = {
         {**LARGE, "std": STD, "network": "dit"},
         {"data": "digits", "std": 0.0, "network": "dit", "steps": 1200, "batch": 64},
         {**LARGE, "std": STD, "network": "uvit"},
-        {**SMALL, "std": 0.2, "network": "dit"},
-        {**SMALL, "std": 0.7, "network": "dit"},
+        {**SMALL, "std": 0.2, "network": "dit", "weightings": IN_PAPER},
+        {**SMALL, "std": 0.7, "network": "dit", "weightings": IN_PAPER},
     ],
     "gpu": [
         {"data": "mixture_4x32x32", "std": STD, "network": "dit_s2", "steps": 1000, "batch": 128, "samples": 1000},

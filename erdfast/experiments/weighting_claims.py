@@ -8,7 +8,7 @@ from statistics import mean
 
 from erdfast.diagnostics.toy_findings import rank_correlation
 
-from .weighting_cells import TARGETS, USUAL
+from .weighting_cells import IN_PAPER, TARGETS, USUAL
 from .weighting_statistics import (
     BASELINE,
     Result,
@@ -25,8 +25,6 @@ from .weighting_statistics import (
     studies,
 )
 
-IN_PAPER = ("constant", "min_snr", "p2", "erd")
-"""The weightings of ERD's figure 6."""
 Measure = Callable[[Result], float]
 
 
