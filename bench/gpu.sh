@@ -56,7 +56,9 @@ stages() {
     step_jit_b16 "training steps on pixels of 256, batch 128" \
     step_adm_unet_imagenet64 "training steps on pixels of 64, batch 128" \
     profile_uvit_h2 "where the time of a step goes, batch 128, compiled by blocks" \
+    profile_dit_xl2 "the same" \
     profile_dit_b2 "the same" \
+    profile_lightningdit_xl1 "the same" \
     profile_jit_b16 "the same: the share of the loss at pixels" \
     loader "reading shuffled latents beside others' ways, on the processor" \
     digits "the digits recipe and its quality" \

@@ -3,7 +3,7 @@
 - README.md: what lies between the lines `<!-- bench:OP:DEVICE -->` and `<!-- /bench -->` becomes the table of
   bench/results/DEVICE/OP.json. With `<!-- bench:OP:DEVICE:WORDS -->` only rows whose case and pass contain every word.
   OP step_model: what bench/step_model.py predicts from all results of the device.
-- bench/results/DEVICE/README.md: all tables of a device.
+- bench/results/DEVICE/README.md: all tables of a device; budget.md beside it: the budget of training steps.
 - bench/results/README.md: what the compiler says about the Triton kernels (bench/results/aot.json).
 
 A result that is missing or damaged, or a marker that is none, ends it with one line and code 2; nothing is written.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.budget_page import budget_page
 from bench.harness import ALONE, NOT_COMPILED, RESULTS
 from bench.step_model import table as step_model_table
 from bench.store import PARTIAL
@@ -366,6 +367,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         if (page := device_page(folder)) is not None:
             yield folder / "README.md", page
+        if (page := budget_page(folder)) is not None:
+            yield folder / "budget.md", page
     if (RESULTS / "aot.json").exists():
         yield RESULTS / "README.md", aot_page(load(RESULTS / "aot.json"))
 
