@@ -120,7 +120,7 @@ def draw_samples(cells: Sequence[Result], path: Path) -> None:
     panels.append(("Frechet distance / that of constant", final_frechet, studies(cells)))
     figure = new_figure(15.5, 3.6 * len(panels) + 0.8)
     figure.suptitle("Each weighting against none (bars: one standard deviation over seeds)", fontsize=13)
-    grid = figure.subplots(len(panels), len(TARGETS), squeeze=False, sharey="row")
+    grid = figure.subplots(len(panels), len(TARGETS), squeeze=False)  # eps alone has weightings that are far off
     for row, (label, measure, shown) in zip(grid, panels, strict=True):
         for axes, target in zip(row, TARGETS, strict=True):
             _draw_ratios(axes, [(s, select(of_study(cells, s), target=target)) for s in shown], measure)
@@ -162,7 +162,7 @@ def draw_training(cells: Sequence[Result], path: Path) -> None:
     shown = studies(cells)
     figure = new_figure(14.5, 2.9 * len(shown) + 0.9)
     figure.suptitle("Frechet distance of samples along the training, geometric mean over seeds", fontsize=13)
-    grid = figure.subplots(len(shown), len(TARGETS), squeeze=False, sharey="row")
+    grid = figure.subplots(len(shown), len(TARGETS), squeeze=False)
     for row, study in zip(grid, shown, strict=True):
         for axes, target in zip(row, TARGETS, strict=True):
             own = select(of_study(cells, study), target=target)
