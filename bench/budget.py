@@ -120,25 +120,20 @@ def convolution(product: Product, batch: int, count: int) -> Work:
     )
 
 
-def norms(
-    count: int, shape: tuple[int, int, int], *, modulated: bool, residual: bool = False, last: bool = False
-) -> Work:
+def norms(count: int, shape: tuple[int, int, int], *, modulated: bool, residual: bool = False) -> Work:
     """Norm and modulation, with the residual before it (`residual`) or without. x, r: float32; branch, y: bf16.
 
     Fused, forward: reads x, branch; writes r, y. Backward: reads r, dr, dy (and branch, for the gate); writes dx,
-    dbranch. Without the residual dr is added by autograd (4+4+4), except behind the last block, where there is none.
-    Eager, forward: [gate: 2+2], add: 4+2+4, norm: 4+4, [scale: 4+4, shift: 4+4], cast: 4+2. Backward: cast: 2+4,
-    norm: 4+4+4 (and 8 for its weights, or, modulated: sums and products for shift and scale 4, 4+4, 4+4+4, 4), add dr,
-    cast to the branch: 4+2, [gate: 2+2, 2+2+2, 2].
+    dbranch. Eager, forward: [gate: 2+2], add: 4+2+4, norm: 4+4, [scale: 4+4, shift: 4+4], cast: 4+2. Backward: cast:
+    2+4, norm: 4+4+4 (and 8 for its weights, or, modulated: sums and products for shift and scale 4, 4+4, 4+4+4, 4), add
+    dr: 4+4+4, cast to the branch: 4+2, [gate: 2+2, 2+2+2, 2]. Without the residual dr is added elsewhere, if at all.
     """
-    elements, accumulate = shape[0] * shape[1] * shape[2], 0 if last else 12
+    elements = shape[0] * shape[1] * shape[2]
     forward, backward = (8 + 16 + 6, 6 + 12 + 28) if modulated else (8 + 6, 6 + 20)
-    eager = forward + backward + accumulate
+    fused, eager = 6 + 10, forward + backward
     if residual:
         fused = 12 + (18 if modulated else 16)
-        eager += (4 + 10 + 6 + 12) if modulated else 10 + 6
-    else:
-        fused = 6 + 10 + accumulate
+        eager += 12 + ((4 + 10 + 6 + 12) if modulated else 10 + 6)
     prefix = ("gated residual, " if modulated else "residual, ") if residual else ""
     kind = {(True, True): "middle", (True, False): "first", (False, True): "uvit"}.get((modulated, residual))
     return Work(
@@ -149,6 +144,12 @@ def norms(
         eager_bytes=count * eager * elements,
         fields=None if kind is None else {"shape": list(shape), "kind": kind} | BF16,
     )
+
+
+def gradient_sums(count: int, shape: tuple[int, int, int]) -> Work:
+    """What autograd adds where the residual stream branches off into a norm without a residual: 4+4+4."""
+    num_bytes = 12 * count * shape[0] * shape[1] * shape[2]
+    return Work(op="sum", detail="the stream's gradients", count=count, fused_bytes=num_bytes, eager_bytes=num_bytes)
 
 
 def residuals(count: int, shape: tuple[int, int, int], *, gated: bool) -> Work:
@@ -300,9 +301,9 @@ def _dit(config: DiTConfig, batch: int) -> Iterator[Work]:
     yield linear("time in, per image", 1, batch, TIME_FEATURES, D)
     yield linear("time out, per image", 1, batch, D, D)
     yield self_attention(config, batch, T, config.depth)
-    yield norms(config.depth, shape, modulated=True)
+    yield norms(config.depth + 1, shape, modulated=True)
     yield norms(config.depth, shape, modulated=True, residual=True)
-    yield norms(1, shape, modulated=True, last=True)
+    yield gradient_sums(config.depth, shape)
     yield residuals(config.depth, shape, gated=True)
     yield activation(config, rows)
 
@@ -321,9 +322,9 @@ def _uvit(config: UViTConfig, batch: int) -> Iterator[Work]:
     if config.mlp_time_embed:
         yield linear("time, per image", 1, batch, D, 8 * D)
     yield self_attention(config, batch, T, config.depth)
-    yield norms(config.depth, shape, modulated=False)
+    yield norms(config.depth + 1, shape, modulated=False)
     yield norms(config.depth, shape, modulated=False, residual=True)
-    yield norms(1, shape, modulated=False, last=True)
+    yield gradient_sums(config.depth, shape)
     yield residuals(config.depth, shape, gated=False)
     yield activation(config, rows)
     yield joins(skips, shape)
@@ -337,6 +338,7 @@ def _rope_blocks(config: RopeConfig, batch: int, tokens: int, count: int, *, qk_
     yield rotations(config, batch, tokens, count, normed=qk_norm)
     yield norms(count, shape, modulated=True)
     yield norms(count, shape, modulated=True, residual=True)
+    yield gradient_sums(count, shape)
     yield residuals(count, shape, gated=True)
     yield gates(config, rows, count)
 
@@ -350,7 +352,7 @@ def _rope(config: RopeConfig, batch: int, *, qk_norm: bool) -> Iterator[Work]:
     yield linear("patches out", 1, batch * T, D, config.out_channels * config.patch_size**2)
     yield linear("time in, per image", 1, batch, TIME_FEATURES, D)
     yield linear("time out, per image", 1, batch, D, D)
-    yield norms(1, (batch, T, D), modulated=True, last=True)
+    yield norms(1, (batch, T, D), modulated=True)
 
 
 def _lightningdit(config: LightningDiTConfig, batch: int) -> Iterator[Work]:

@@ -367,8 +367,12 @@ def pages() -> Iterator[tuple[Path, str]]:
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         if (page := device_page(folder)) is not None:
             yield folder / "README.md", page
-        if (page := budget_page(folder)) is not None:
-            yield folder / "budget.md", page
+        try:
+            budget = budget_page(folder)
+        except ValueError as error:
+            raise ReportError(f"bench/results/{error}") from error
+        if budget is not None:
+            yield folder / "budget.md", budget
     if (RESULTS / "aot.json").exists():
         yield RESULTS / "README.md", aot_page(load(RESULTS / "aot.json"))
 

@@ -191,7 +191,8 @@ def run(main: Callable[[], int | None], program: str) -> None:
     """Call `main` and exit with `exit_code`'s code."""
     keep_freed_memory()
     code = exit_code(main, program)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    parallel = sys.modules.get("erdfast.training.parallel")  # most commands never load it
+    if parallel is not None and parallel.has_joined():
         _leave(code)
     sys.exit(code)
 
@@ -204,9 +205,9 @@ def exit_code(main: Callable[[], int | None], program: str) -> int:
     try:
         return main() or 0
     except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise  # a text: Python's own way writes it
-        return end.code
+        if isinstance(end.code, str):
+            raise  # Python's own way writes it
+        return int(end.code or 0)
     except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -234,8 +235,13 @@ def _leave(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons; no public name has it
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
-            stream.flush()
+        try:
+            if stream is not None:  # None: it was closed before Python began
+                stream.flush()
+        except BrokenPipeError:  # its reader has gone
+            pass
+        except (OSError, ValueError):
+            code = code or 120  # as Python says that output was lost
     os._exit(code)
 
 

@@ -1,9 +1,12 @@
 """From the command line to options, and from an error to one line and an exit code."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -189,6 +192,47 @@ def test_our_own_mistakes_show_where_they_are(error):
 
     with pytest.raises(error, match="a bug"):
         cli.run(main, "program")
+
+
+LEAVE = """
+import atexit, sys, threading, time
+from erdfast import cli
+atexit.register(lambda: print("at exit"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+sys.stdout.write("no end of line, ")
+{more}
+cli._leave({code})
+"""
+
+
+def leave(code: int, more: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LEAVE.format(code=code, more=more)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, env=environment, text=True, **options)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_one_of_several_does_what_is_to_be_done_at_exit(code):
+    done = leave(code, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "no end of line, thread\nat exit\n", "")
+
+
+def test_one_of_several_says_that_its_output_was_lost():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("w") as stdout:
+        assert leave(0, stdout=stdout).returncode == 120
+        assert leave(3, stdout=stdout).returncode == 3
+    assert leave(0, "sys.stdout = None", stdout=subprocess.PIPE).returncode == 0
+
+
+def test_a_world_size_alone_is_no_reason_to_leave(monkeypatch):
+    for size in ("2", "", "abc"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(SystemExit) as stop:
+            cli.run(lambda: 3, "program")
+        assert stop.value.code == 3
 
 
 # ---------------------------------------------------------------------- dry run

@@ -37,8 +37,8 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
 """What is compared: options of the process. ERD's allocation is over time if not said otherwise; sampled: its weight is
 the density of times."""
 USUAL = tuple(name for name in WEIGHTINGS if name != "erd_logsnr_sampled")
-"""What every study has. Over log-SNR ERD's weight is 100 times its mean at rare times: whether that is what spoils its
-training, or the allocation, is asked of two studies alone."""
+"""What most studies have. Over log-SNR ERD's weight is 100 times its mean at rare times: whether that is what spoils
+its training, or the allocation, is asked of two studies alone."""
 IN_PAPER = ("constant", "min_snr", "p2", "erd")
 """What ERD's figure 6 compares; no more is asked of other spreads."""
 TARGETS = ("eps", "x0", "v")

@@ -113,6 +113,14 @@ MENDABLE = (ValueError, ImportError, OSError, ArithmeticError)
 """What users can mend: one line each, wherever it happens."""
 
 
+_joined = False
+
+
+def has_joined() -> bool:
+    """Whether this process is or was one of several: Gloo's threads may still be there."""
+    return _joined
+
+
 @contextlib.contextmanager
 def open_world(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started; without it, a world of one. Leaves them at the end.
@@ -145,6 +153,8 @@ def open_world(device: torch.device) -> Iterator[World]:
     own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # pyright: ignore[reportPrivateImportUsage]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
+    global _joined
+    _joined = True
     try:
         yield _world(device)
     except MENDABLE as error:
