@@ -12,6 +12,7 @@ from erdfast import cli
 from erdfast.config import EmaReconstruction
 from erdfast.published_run import open_run
 from erdfast.tensor_files import replace_tensors
+from erdfast.training.checkpoint_files import OURS
 from erdfast.training.snapshots import FOLDER, STD, STEP, Combination, Snapshot, combine, list_snapshots, reconstruct
 from erdfast.training.state import MODEL, PROCESS
 
@@ -92,7 +93,7 @@ def _write(out: Path, run: Path, combination: Combination, step: int, std: float
         raise ValueError(f"{combination.snapshots[0].path} holds {unknown[0]}, which the network of {run} has not")
     tensors = {name: value.clone() for name, value in known.items()} | tensors
     tensors |= {name: value for name, value in made.items() if name.startswith(PROCESS)}
-    replace_tensors(out, tensors, {STEP: str(step), STD: repr(std)})
+    replace_tensors(out, tensors, {STEP: str(step), STD: repr(std), **OURS})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from erdfast.models import Backbone, load_published
 from erdfast.models.published import SUFFIXES
 from erdfast.process import Process
 from erdfast.process.coefficients import SPACES
-from erdfast.training.checkpoint_files import newest_checkpoint, read_model, read_tensors
+from erdfast.training.checkpoint_files import is_ours, newest_checkpoint, read_model, read_tensors
 from erdfast.training.precision import PrecisionPolicy, resolve_precision
 from erdfast.training.run_directory import load_run_config
 from erdfast.training.setup import build_network, open_data
@@ -111,6 +111,11 @@ def open_published(
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"{path} is not a run directory, and as a checkpoint neither .safetensors nor .pt, .pth or .ckpt"
+        )
+    if path.suffix == ".safetensors" and is_ours(path):
+        raise ValueError(
+            f"{path} holds weights of a run of erdfast, not how they were trained: give the run's folder as --run, and "
+            "this file, if it is an average of another width, as --weights"
         )
     policy = resolve_precision(precision, device)
     preset = None if model is None else presets.model_config(model)

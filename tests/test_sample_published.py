@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erdfast import cli, sample
+from erdfast import cli, ema, sample, train
 from erdfast.models import ADMUNetConfig, DiTConfig
 from erdfast.models.recognise import HEADS
 from erdfast.presets import MODELS
 from erdfast.process import Process
 from erdfast.sampling import sample as draw
 from tests.models.test_load_published import random_network
+from tests.runs import TINY
 
 SMALL = DiTConfig(width=48, depth=2, num_heads=4, input_shape=(3, 8, 8), num_classes=3, learn_sigma=True)
 
@@ -128,6 +130,17 @@ def test_weights_of_a_run_of_ours_are_not_taken_for_published_ones(checkpoint, t
     (tmp_path / "run" / "config.json").write_text("{}")
     for place in places:
         assert f"belongs to the run {tmp_path}/run: give the folder" in _error(capsys, ["--run", str(place)])
+
+
+def test_copied_weights_of_a_run_of_ours_are_not_taken_for_published_ones(tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    assert train.main([*TINY, "--steps", "2", "--ema-std", "0.1", "--ema-snapshot-every", "1", "--out", str(run)]) == 0
+    average = tmp_path / "average.safetensors"
+    assert ema.main(["--run", str(run), "--std", "0.1", "--out", str(average)]) == 0
+    weights = run / "checkpoints" / "00000002" / "model.safetensors"
+    copied = shutil.copy(weights, tmp_path / "copied.safetensors")
+    for path in (copied, average):
+        assert f"{path} holds weights of a run of erdfast, not how they" in _error(capsys, ["--run", str(path)])
 
 
 def _error(capsys, options: list[str]) -> str:

@@ -27,6 +27,7 @@ from erdfast.tensor_files import checksum, save_tensors, settle_header, sync
 
 from .checkpoint_files import (
     MODEL,
+    OURS,
     STATE,
     finish,
     incomplete,
@@ -152,7 +153,7 @@ class CheckpointWriter:
         for file in files:
             settle_header(file)
         if self._main:
-            save_tensors(temporary / MODEL, model)
+            save_tensors(temporary / MODEL, model, OURS)
             files.append(temporary / MODEL)
         for file in files:
             file.chmod(0o644)

@@ -31,8 +31,19 @@ from erdfast.tensor_files import checksum, sync
 FORMAT = 2
 KNOWN_FORMATS = (1, FORMAT)
 STATE, MODEL, NUMBERS = "state", "model.safetensors", "state.json"
+OURS = {"trained_by": "erdfast"}
+"""In the header of files of weights: how they were trained, only the run's config.json says."""
 FORMAT_1_STATE = "state.safetensors"
 FORMAT_1_FILES = (MODEL, FORMAT_1_STATE, NUMBERS)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a safetensors file holds weights of a run; no, if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return OURS.items() <= (file.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
