@@ -188,6 +188,9 @@ def _draw_curves(axes: Axes, cells: Sequence[Result]) -> None:
         best = float(np.mean([last(cell)["samples"]["perfect"]["frechet"] for cell in cells]))
         axes.axhline(best, color=GREY, linewidth=1.2, linestyle=(0, (1, 1)), label="perfect samples")
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 100 * low:
+        _plain_ratios(axes)
     tidy(axes)
 
 
