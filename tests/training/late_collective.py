@@ -27,11 +27,11 @@ def wait_for_the_collective() -> None:
 
 atexit.register(wait_for_the_collective)  # before torch's: the last to be called
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch  # noqa: E402  # after the handler
+import torch.distributed as dist  # noqa: E402  # after the handler
 
-from erdfast import cli  # noqa: E402
-from erdfast.training.parallel import World, open_world  # noqa: E402
+from erdfast import cli  # noqa: E402  # after the handler
+from erdfast.training.parallel import World, open_world  # noqa: E402  # after the handler
 
 
 def late(world: World) -> int:
