@@ -2,11 +2,14 @@
 
     python -m bench.bench_train_step --model dit_b2 --batch 128 --sides eager compile ours ours_compile
     python -m bench.bench_train_step --model uvit_h2 --batch 128 --erd ~/ERD --uvit ~/U-ViT
+    python -m bench.bench_train_step --model uvit_h2 --batch 128 --variants
 
 Each side lives in a process of its own, so that none profits from another's allocator, compiler or imports; blocks of
 steps take turns on the device. The first steps, and the first of every block, are not counted. A side is a median over
 steps: images per second, MFU (erdfast.models.flops over the data sheet's dense bf16 peak) and peak memory. Written to
-bench/results/<device>/train_step_<model>_<batch>.json. See bench/step_sides.py for what each side does.
+bench/results/<device>/train_step_<model>_<batch>.json. See bench/step_sides.py for what each side does. With --variants
+our compiled step is compared with what other options make of it, in train_step_<model>_<batch>_variants.json; what they
+do to loss and gradients says bench.step_accuracy.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,21 +29,21 @@ from typing import Any, TextIO
 
 import torch
 
-from bench.device import ROOT, device_name, environment
+from bench.device import ROOT, default_device, device_name, environment
 from bench.harness import RESULTS
 from bench.options import at_least
 from bench.peers import PEERS
 from bench.report import milliseconds
-from bench.step_sides import SIDES, StepOptions, build
+from bench.step_sides import ENVIRONMENT, SIDES, StepOptions, build, variants
 from bench.store import ResultFile, help_text
-from bench.timing import Timing, ratio, summarize
+from bench.timing import ratio, summarize
 from erdfast import presets
 from erdfast.models.flops import training_flops
 from erdfast.training.precision import resolve_precision
 from erdfast.training.speed import peak_flops
 
-OURS = "ours"
-DEFAULT_SIDES = ("eager", "compile", OURS, "ours_compile")
+OURS, COMPILED = "ours", "ours_compile"
+DEFAULT_SIDES = ("eager", "compile", OURS, COMPILED)
 DEFAULT_BLOCKS, DEFAULT_STEPS = 5, 10
 
 
@@ -88,7 +92,10 @@ class Worker:
         self.times: list[float] = []
         self.peak_bytes: int | None = None
         command = [sys.executable, "-m", "bench.bench_train_step", "--work", side, json.dumps(asdict(options))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        surroundings = os.environ | ENVIRONMENT.get(side, {})
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=surroundings
+        )
 
     def run(self, steps: int, discard: int) -> None:
         """Run a block; `discard` steps at its beginning are not counted."""
@@ -134,12 +141,12 @@ def measure(
             worker.close()
 
 
-def make_rows(workers: Sequence[Worker], options: StepOptions) -> list[dict[str, Any]]:
-    """One row per side."""
+def make_rows(workers: Sequence[Worker], options: StepOptions, base: str = OURS) -> list[dict[str, Any]]:
+    """One row per side; `base`: the side that the others are compared with."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops, peak = training_flops(presets.model_config(options.model)) * options.batch, peak_flops(device)
     timings = {worker.side: summarize(worker.times) for worker in workers if worker.times and not worker.failed}
-    own = timings.get(OURS)
+    own = timings.get(base)
     rows = []
     for worker in workers:
         timing = timings.get(worker.side)
@@ -154,18 +161,14 @@ def make_rows(workers: Sequence[Worker], options: StepOptions) -> list[dict[str,
                 "images_per_s": options.batch / seconds,
                 "mfu": None if peak is None else flops / seconds / peak,
                 "peak_bytes": worker.peak_bytes,
-                "ours_over": _over(timing, own, worker.side),
+                "ours_over": None if own is None or worker.side == base else ratio(timing, own),
                 "timing": asdict(timing),
             }
         )
     return rows
 
 
-def _over(timing: Timing, own: Timing | None, side: str) -> dict[str, float] | None:
-    return None if own is None or side == OURS else ratio(timing, own)
-
-
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+def print_rows(rows: Sequence[dict[str, Any]], base: str = OURS) -> None:
     """For people."""
     for row in rows:
         if "failed" in row:
@@ -176,7 +179,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         text = f"{row['side']:13} {row['images_per_s']:9,.1f} images/s  {timing['p50_ms']:9.1f} ms ({spread})"
         text += "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
         text += "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 1e9:.1f} GB"
-        text += "" if over is None else f"  ours {over['median']:.2f}x ({over['low']:.2f}-{over['high']:.2f})"
+        text += "" if over is None else f"  {base} {over['median']:.2f}x ({over['low']:.2f}-{over['high']:.2f})"
         print(text)
 
 
@@ -187,9 +190,17 @@ def head() -> dict[str, Any]:
     return {"op": "train_step", "environment": where}
 
 
+def default_sides(of_variants: bool) -> list[str]:
+    """Of a comparison with others, or of our compiled step with what other options make of it."""
+    if not of_variants:
+        return list(DEFAULT_SIDES)
+    found = variants(torch.device(default_device()))
+    return found[found.index(COMPILED) :]
+
+
 def missing(args: argparse.Namespace) -> list[str]:
     """What a run with these options lacks of a full one."""
-    lacking = [f"side {side}" for side in DEFAULT_SIDES if side not in args.sides]
+    lacking = [f"side {side}" for side in default_sides(args.variants) if side not in args.sides]
     for name, wanted in (("blocks", DEFAULT_BLOCKS), ("steps", DEFAULT_STEPS)):
         if getattr(args, name) < wanted:
             lacking.append(f"{wanted - getattr(args, name)} of {wanted} {name}")
@@ -208,14 +219,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="dit_b2", choices=list(presets.MODELS), metavar="PRESET")
     parser.add_argument("--batch", type=at_least(1), default=128, help="images per step")
-    parser.add_argument("--sides", nargs="+", default=list(DEFAULT_SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="by default eager, compile, ours, ours_compile")
+    parser.add_argument("--variants", action="store_true", help="compare ours_compile with our other options")
     for name in PEERS:
         parser.add_argument(f"--{name}", metavar="PATH", help="a checkout of their repository, measured as well")
     parser.add_argument(
         "--compile",
         default="block",
         choices=["block", "full", "max-autotune"],
-        help="of ours_compile; see erdfast.train",
+        help="of ours_compile and variants; see erdfast.train",
     )
     parser.add_argument("--blocks", type=at_least(1), default=DEFAULT_BLOCKS, help="turns of each side")
     parser.add_argument("--steps", type=at_least(1), default=DEFAULT_STEPS, help="counted steps of a block")
@@ -226,21 +238,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     paths = {name: getattr(args, name) for name in PEERS if getattr(args, name)}
     options = StepOptions(model=args.model, batch=args.batch, compile=args.compile, paths=paths)
+    if args.variants and paths:
+        parser.error("--variants compares our own steps: leave out " + ", ".join(f"--{name}" for name in paths))
+    base, name = (COMPILED, "_variants") if args.variants else (OURS, "")
+    args.sides = args.sides or default_sides(args.variants)
     sides = [*args.sides, *paths]
-    path = args.results / device_name() / f"train_step_{args.model}_{args.batch}.json"
+    path = args.results / device_name() / f"train_step_{args.model}_{args.batch}{name}.json"
     try:
         file = ResultFile(path, missing=missing(args), overwrite=args.overwrite) if args.save else None
     except ValueError as error:
         parser.error(str(error))
     rows: list[dict[str, Any]] = []
-    described = head()
+    described = head() | {"base": base}
     turns = measure(sides, options, blocks=args.blocks, steps=args.steps, warmup=args.warmup)
     for turn, workers in enumerate(turns, start=1):
-        rows = make_rows(workers, options)
+        rows = make_rows(workers, options, base)
         lost = [row["side"] for row in rows if "failed" in row and row["side"] in SIDES]
         if file is not None:  # as they come: the time of a machine may run out
             file.write(described, rows, finished=turn == args.blocks and not lost)
-    print_rows(rows)
+    print_rows(rows, base)
     if any("failed" in row for row in rows):
         raise SystemExit(1)
 

@@ -7,7 +7,7 @@ kernel by kernel.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,8 @@ class Work:
     """By which a measurement is found: the fields of a row of bench/results/<device>/<op>.json."""
     measured_ms: float | None = None
     """Forward and backward, all `count` of them."""
+    column_sums: int = 0
+    """Numbers of the results' gradients that a bias sums up over rows: a pass of its own, see `bias_sums`."""
 
     def floor_ms(self, machine: Machine, *, fused: bool = True) -> float:
         """The least time."""
@@ -77,12 +79,29 @@ class Work:
 # ---------------------------------------------------------------------------- ops at a size
 
 
-def linear(detail: str, count: int, rows: int, inputs: int, outputs: int) -> Work:
+def linear(detail: str, count: int, rows: int, inputs: int, outputs: int, *, bias: bool = True) -> Work:
     """Product with weights: forward, gradient of the input, gradient of the weights; each reads two and writes one."""
     tensors = rows * inputs + inputs * outputs + rows * outputs
     num_bytes = 3 * LOW * count * tensors
     flops = 6 * count * rows * inputs * outputs
-    return Work(op="linear", detail=detail, count=count, flops=flops, fused_bytes=num_bytes, eager_bytes=num_bytes)
+    return Work(
+        op="linear",
+        detail=detail,
+        count=count,
+        flops=flops,
+        fused_bytes=num_bytes,
+        eager_bytes=num_bytes,
+        fields={"shape": [rows, inputs, outputs]} | BF16,
+        column_sums=count * rows * outputs if bias else 0,
+    )
+
+
+def bias_sums(works: Iterable[Work]) -> Work:
+    """Gradients of biases read those of the results once more; forward, a bias is added within the product."""
+    biased = [work for work in works if work.column_sums]
+    num_bytes = LOW * sum(work.column_sums for work in biased)
+    count = sum(work.count for work in biased)
+    return Work(op="bias", detail="sums of gradients", count=count, fused_bytes=num_bytes, eager_bytes=num_bytes)
 
 
 def self_attention(config: TransformerConfig, batch: int, tokens: int, count: int) -> Work:
@@ -117,6 +136,7 @@ def convolution(product: Product, batch: int, count: int) -> Work:
         flops=6 * batch * count * product.multiplications,
         fused_bytes=num_bytes,
         eager_bytes=num_bytes,
+        column_sums=batch * count * product.rows * product.outputs,
     )
 
 
@@ -284,9 +304,10 @@ def optimizer(config: BackboneConfig) -> tuple[Work, Work]:
 # ---------------------------------------------------------------------------- networks
 
 
-def _block_products(config: TransformerConfig, rows: int) -> Iterator[Work]:
+def _block_products(config: TransformerConfig, rows: int, *, qkv_bias: bool = True) -> Iterator[Work]:
     D, M = config.width, config.mlp_width
-    for detail, inputs, outputs in (("qkv", D, 3 * D), ("proj", D, D), ("fc1", D, M), ("fc2", M, D)):
+    yield linear("qkv", config.depth, rows, D, 3 * D, bias=qkv_bias)
+    for detail, inputs, outputs in (("proj", D, D), ("fc1", D, M), ("fc2", M, D)):
         yield linear(detail, config.depth, rows, inputs, outputs)
 
 
@@ -313,7 +334,7 @@ def _uvit(config: UViTConfig, batch: int) -> Iterator[Work]:
     rows, shape, skips = batch * T, (batch, T, D), config.depth // 2
     channels, height, width = config.input_shape
     patch = channels * config.patch_size**2
-    yield from _block_products(config, rows)
+    yield from _block_products(config, rows, qkv_bias=config.qkv_bias)
     yield linear("skip", skips, rows, 2 * D, D)
     yield linear("patches in", 1, rows, patch, D)
     yield linear("patches out", 1, rows, D, patch)
@@ -365,7 +386,7 @@ def _lightningdit(config: LightningDiTConfig, batch: int) -> Iterator[Work]:
 def _jit(config: JiTConfig, batch: int) -> Iterator[Work]:
     yield from _rope(config, batch, qk_norm=True)
     rows, patch = batch * config.num_patches, config.input_shape[0] * config.patch_size**2
-    yield linear("patches to bottleneck", 1, rows, patch, config.bottleneck)
+    yield linear("patches to bottleneck", 1, rows, patch, config.bottleneck, bias=False)
     yield linear("bottleneck in", 1, rows, config.bottleneck, config.width)
     if config.dropout:
         yield drops(config, batch)
@@ -420,4 +441,5 @@ def step_budget(config: BackboneConfig, batch: int) -> list[Work]:
     if type(config) not in NETWORKS:
         known = ", ".join(kind.backbone for kind in NETWORKS)
         raise ValueError(f"no budget is written for {config.backbone}; there is one for {known}")
-    return [*NETWORKS[type(config)](config, batch), noise_and_loss(config, batch), *optimizer(config)]
+    works = [*NETWORKS[type(config)](config, batch)]
+    return [*works, bias_sums(works), noise_and_loss(config, batch), *optimizer(config)]

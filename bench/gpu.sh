@@ -55,6 +55,12 @@ stages() {
     step_lightningdit_xl1 "training steps, batch 128" \
     step_jit_b16 "training steps on pixels of 256, batch 128" \
     step_adm_unet_imagenet64 "training steps on pixels of 64, batch 128" \
+    variants_uvit_h2 "our compiled step beside what other options make of it: graph, whole, tuned, fp8, segments" \
+    variants_dit_xl2 "the same" \
+    accuracy_uvit_h2 "loss and gradients of every option beside float32, batch 16" \
+    accuracy_dit_xl2 "the same" \
+    accuracy_lightningdit_xl1 "the same" \
+    accuracy_jit_b16 "the same" \
     profile_uvit_h2 "where the time of a step goes, batch 128, compiled by blocks" \
     profile_dit_xl2 "the same" \
     profile_dit_b2 "the same" \
@@ -140,6 +146,23 @@ step() { # model batch
   run "$python" -m bench.bench_train_step --model "$1" --batch "$2" "${others[@]}"
 }
 
+variants() { # model
+  if [ -n "$dry" ]; then
+    run "$python" -m bench.bench_train_step --variants --model "${1%%_*}_tiny" --batch 4 --sides ours_compile ours_segments \
+      --blocks 1 --steps 2 --warmup 1 --no-save
+  else
+    run "$python" -m bench.bench_train_step --variants --model "$1" --batch 128
+  fi
+}
+
+accuracy() { # model
+  if [ -n "$dry" ]; then
+    run "$python" -m bench.step_accuracy --model "${1%%_*}_tiny" --batch 4 --sides plain ours --no-save
+  else
+    run "$python" -m bench.step_accuracy --model "$1"
+  fi
+}
+
 profile() { # model
   if [ -n "$dry" ]; then
     run "$python" -m bench.profile_step --model "${1%%_*}_tiny" --batch 4 --side ours --steps 1 --warmup 1 --no-save
@@ -187,6 +210,8 @@ stage() {
     bench_*) benchmark "$1" ;;
     step_*_small) name=${1#step_}; step "${name%_small}" 32 ;;
     step_*) step "${1#step_}" 128 ;;
+    variants_*) variants "${1#variants_}" ;;
+    accuracy_*) accuracy "${1#accuracy_}" ;;
     profile_*) profile "${1#profile_}" ;;
     loader) loader ;;
     digits) digits ;;

@@ -147,7 +147,7 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
         "ms": lambda row: milliseconds(row["timing"]["p50_ms"]),
         "MFU": lambda row: "" if row["mfu"] is None else f"{row['mfu']:.1%}",
         "peak memory": lambda row: "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:,.1f} GB",
-        "speed of ours": lambda row: spread(row["ours_over"]),
+        f"speed of {result.get('base', 'ours')}": lambda row: spread(row["ours_over"]),
     }
     where = result["environment"]
     versions = [f"{name} {where[name]}" for name in ("torch", "triton", "driver") if where.get(name)]
@@ -205,9 +205,26 @@ def profile_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     return "\n".join([*parts, "", f"{where['device']}, torch {where['torch']}, {where['date']}."]) + "\n"
 
 
+def accuracy_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
+    """Rows of step_accuracy: what a step's options do to its loss and gradients."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "step": lambda row: row["case"],
+        "side": lambda row: row["side"],
+        "loss": lambda row: f"{row['loss']:.5f}",
+        "its error": lambda row: f"{row['loss_error']:+.3%}",
+        "gradient's error": lambda row: f"{row['gradient_error']:.2%}",
+        "worst parameter": lambda row: f"{row['worst']}, {row['worst_error']:.1%}" if row["worst_error"] else "",
+    }
+    where = result["environment"]
+    text = f"{where['device']}, torch {where['torch']}, {where['date']}, commit `{where['commit']}`"
+    text += "; see bench/step_accuracy.py." + ("" if result.get("complete", True) else LACKING)
+    return f"{table(columns, [row for row in result['rows'] if 'failed' not in row])}\n\n{text}\n"
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {
     "train_step": train_step_table,
     "profile_step": profile_table,
+    "step_accuracy": accuracy_table,
     "loader": loader_table,
 }
 """Results that are not rows of the harness."""
@@ -259,6 +276,8 @@ def _remedy(path: Path) -> str:
     """What writes a result."""
     if path.stem == "aot":
         return "`python -m bench.aot --save` writes it"
+    if path.stem.startswith("accuracy"):
+        return "`python -m bench.step_accuracy` writes it"
     if path.stem.startswith("profile"):
         return "`python -m bench.profile_step` writes it"
     op = "train_step" if path.stem.startswith("train_step") else path.stem

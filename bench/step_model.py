@@ -10,8 +10,9 @@ reaches of those (the median over its measured sizes; where one has exactly the 
 its time is taken instead). Where a kernel multiplies and moves data, as attention does, the rate that another GPU has
 less of limits it there. An op without a measurement is given the median share of the ops that memory limits.
 
-Hopeful: products with weights are given the rate of one large product, which those of a network do not quite reach;
-gaps between kernels, the loader and the exchange of gradients take no time.
+Hopeful: until bench.bench_linear has measured products with weights, they are given the rate of one large product,
+which those of a network do not quite reach; gaps between kernels, the loader and the exchange of gradients take no
+time.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ BATCH = 128
 DEVICES = ("h200", "a100")
 MEASURED = "h200"
 """The folder whose results are used."""
+PRODUCTS = ("linear", "convolution")
+"""The first stands for both."""
 MEMORY_BOUND = ("modulated_norm", "gelu", "swiglu", "qk_norm_rope", "adamw_ema")
 """Ops that only move data, whose measured shares stand for others'."""
 LIKE_A_STEP: dict[str, Mapping[str, Any]] = {
+    "linear": {"dtype": "bfloat16"},
     "diffusion_loss": {"noise": "drawn", "work": "all"},
     "adamw_ema": {"clip": False},
 }
@@ -85,8 +89,8 @@ class Calibration:
 
     def share(self, work: Work) -> Share:
         """Of the rates reached by large products and copies."""
-        if work.op in ("linear", "convolution"):
-            return Share(1.0, 1.0)
+        if work.op in PRODUCTS:
+            return self.kernels.get(PRODUCTS[0], Share(1.0, 1.0))
         return self.kernels.get(work.op, Share(self.others, self.others))
 
     def milliseconds(self, work: Work, machine: Machine) -> float:
@@ -269,7 +273,7 @@ def _source(work: Work, calibration: Calibration) -> str:
     if work.measured_ms is not None:
         return "measured"
     share = calibration.share(work)
-    if work.op in calibration.kernels:
+    if (PRODUCTS[0] if work.op in PRODUCTS else work.op) in calibration.kernels:
         products = f"{share.flops:.0%} of products, " if work.flops else ""
         return f"{products}{share.bytes:.0%} of copies, as measured at other sizes"
     if work.flops:

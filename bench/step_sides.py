@@ -21,6 +21,7 @@ from erdfast.config import TrainConfig
 from erdfast.data import Batch, Dataset
 from erdfast.models import BackboneConfig
 from erdfast.ops.backend import default_backend
+from erdfast.ops.fp8_linear import fp8_reason
 from erdfast.process import Process
 from erdfast.training.parallel import World
 from erdfast.training.precision import resolve_precision
@@ -41,7 +42,7 @@ class StepOptions:
     batch: int
     """Images per step."""
     compile: str = "block"
-    """Of "ours_compile": block, full or max-autotune."""
+    """Of "ours_compile", and of the variants that are about something else: block, full or max-autotune."""
     samples: int = 4096
     """Images in memory."""
     paths: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -152,15 +153,17 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------- this package
 
 
-def ours(options: StepOptions, device: torch.device, *, compiled: bool = False, graph: bool = False) -> Step:
-    """The trainer's own step, by the network's own recipe."""
+def trainer(
+    options: StepOptions, device: torch.device, *, compiled: str = "none", graph: bool = False, precision: str = "auto"
+) -> Trainer:
+    """A trainer by the network's own recipe; weights, times and noise do not depend on the last three."""
     recipe = recipes.recipe(recipes.recipe_of_model(options.model))
     own = {
         "model": options.model,
         "batch_size": options.batch,
-        "compile": options.compile if compiled else "none",
+        "compile": compiled,
         "cuda_graph": graph,
-        "precision": resolve_precision("auto", device).name,
+        "precision": resolve_precision(precision, device).name,
         "data": "random",
         "steps": 1_000_000,
         "log_every": 1_000_000,
@@ -169,14 +172,40 @@ def ours(options: StepOptions, device: torch.device, *, compiled: bool = False, 
     }
     config = cli.with_options(TrainConfig(), recipe | own)
     data = RandomLatents(presets.model_config(options.model), options.samples)
-    trainer = Trainer(config, data, Path("unused"), World(device=device), say=lambda _line: None)
-    return trainer._train_step
+    return Trainer(config, data, Path("unused"), World(device=device), say=lambda _line: None)
+
+
+VARIANTS: dict[str, Callable[[StepOptions, torch.device], Trainer]] = {
+    "ours": trainer,
+    "ours_compile": lambda options, device: trainer(options, device, compiled=options.compile),
+    "ours_graph": lambda options, device: trainer(options, device, compiled=options.compile, graph=True),
+    "ours_full": lambda options, device: trainer(options, device, compiled="full"),
+    "ours_tuned": lambda options, device: trainer(options, device, compiled="max-autotune"),
+    "ours_fp8": lambda options, device: trainer(options, device, compiled=options.compile, precision="fp8"),
+    "ours_segments": lambda options, device: trainer(options, device, compiled=options.compile),
+}
+"""This package's step as the options of erdfast.train change it; the first two are in every comparison."""
+
+ENVIRONMENT: dict[str, dict[str, str]] = {
+    "ours_segments": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+}
+"""What the process of a side is started with beyond its surroundings."""
+
+
+def variants(device: torch.device) -> list[str]:
+    """Those that a device can run; memory is shared out and graphs are recorded on GPUs alone."""
+    lacking = {"ours_graph", "ours_segments"} if device.type == "cpu" else set()
+    if fp8_reason(device) is not None:
+        lacking.add("ours_fp8")
+    return [name for name in VARIANTS if name not in lacking]
+
+
+def _step_of(variant: str) -> Callable[[StepOptions, torch.device], Step]:
+    return lambda options, device: VARIANTS[variant](options, device)._train_step
 
 
 SIDES: dict[str, Callable[[StepOptions, torch.device], Step]] = {
     "eager": lambda options, device: EagerStep(options, device, compiled=False),
     "compile": lambda options, device: EagerStep(options, device, compiled=True),
-    "ours": ours,
-    "ours_compile": lambda options, device: ours(options, device, compiled=True),
-    "ours_graph": lambda options, device: ours(options, device, compiled=True, graph=True),
+    **{name: _step_of(name) for name in VARIANTS},
 }

@@ -40,6 +40,7 @@ KERNELS = {
     "diffusion_loss": "diffusion_loss_kernel",
     "gelu": "gelu_kernel",
     "residual": "triton_poi_fused_add_3",
+    "bias": "triton_red_fused_sum_2",
     "sum": "at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
     "skip_linear": "triton_poi_fused_cat_1",
     "casts": "at::native::direct_copy_kernel_cuda",

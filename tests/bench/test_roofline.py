@@ -11,6 +11,7 @@ from bench import roofline
 from bench.budget import linear
 from bench.roofline import MACHINES, step_budget, totals, with_measurements
 from erdfast import presets
+from erdfast.models import UViTConfig
 from erdfast.models.flops import parameter_count, training_flops
 
 
@@ -45,6 +46,19 @@ def test_fusions_save_traffic_and_the_optimiser_moves_36_bytes(model: str) -> No
     flops, fused, eager = totals(budget, MACHINES["h200"])
     compute = 1e3 * flops / MACHINES["h200"].flops_per_s
     assert compute < fused < eager < 3 * compute
+
+
+def test_biases_sum_up_the_gradients_of_what_they_were_added_to() -> None:
+    config, rows = presets.model_config("uvit_tiny"), 3 * (16 + 2)
+    assert isinstance(config, UViTConfig)
+    depth, width, hidden = config.depth, config.width, config.mlp_width
+    blocks = depth * (width + hidden + width) + depth // 2 * width  # proj, fc1, fc2; skips; none of qkv
+    channels, height, side = config.input_shape
+    ends = rows * (width + channels * config.patch_size**2) + 3 * height * side * channels
+    (sums,) = [work for work in step_budget(config, 3) if work.op == "bias"]
+    assert sums.fused_bytes == 2 * (rows * blocks + ends)
+    (more,) = [work for work in step_budget(presets.model_config("uvit_tiny", qkv_bias=True), 3) if work.op == "bias"]
+    assert more.fused_bytes - sums.fused_bytes == 2 * rows * depth * 3 * width
 
 
 def test_every_norm_of_a_network_is_there() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_attention, bench_gelu, bench_modulated_norm, bench_qk_norm_rope, bench_swiglu, step_model
+from bench import (
+    bench_attention,
+    bench_gelu,
+    bench_linear,
+    bench_modulated_norm,
+    bench_qk_norm_rope,
+    bench_swiglu,
+    step_model,
+)
 from bench.budget import Work, step_budget
 from bench.harness import RESULTS
 from bench.roofline import MACHINES
@@ -108,6 +116,20 @@ def test_a_time_measured_at_that_size_there_is_taken(folder: Path) -> None:
     assert milliseconds_of_attention(folder, "h100", 128) > 29 * 3.0
 
 
+def test_measured_products_take_the_place_of_a_large_one(folder: Path) -> None:
+    fields = {"shape": [33024, 1152, 4608], "dtype": "bfloat16"}
+    measured = {"pass": "forward", "flops": 1, "timings": [{"fused": {"p50_ms": 2.5}}]}
+    write(folder, "linear", row(0.8, **measured, fields=fields), row(0.1, **measured, fields={"dtype": "float32"}))
+    found = step_model.calibrate(folder)
+    assert found.kernels["linear"] == pytest.approx((0.8, 0.8))
+    for gpu, fc1 in (("h200", 29 * 2.5), ("a100", None)):
+        times = {work.detail: (work, ms) for work, ms in step_model.predict("uvit_h2", gpu, 128, found, folder).works}
+        reached = found.reached(MACHINES[gpu])
+        expected = {name: times[name][0].floor_ms(reached) / 0.8 for name in ("qkv", "fc1")}
+        assert times["qkv"][1] == pytest.approx(expected["qkv"])
+        assert times["fc1"][1] == pytest.approx(expected["fc1"] if fc1 is None else fc1)
+
+
 def test_what_cannot_be_predicted_from(folder: Path, tmp_path: Path) -> None:
     for name, message in (
         ("box", "no data sheet of box is known; known: a100, h100, h200"),
@@ -143,6 +165,7 @@ def test_a_damaged_result_is_named(folder: Path, text: str) -> None:
         ("attention", "uvit_h2", bench_attention.cases),
         ("attention", "dit_b2", bench_attention.cases),
         ("gelu", "dit_b2", bench_gelu.cases),
+        ("linear", "uvit_h2", bench_linear.cases),
         ("swiglu", "lightningdit_xl1", bench_swiglu.cases),
         ("qk_norm_rope", "jit_b16", bench_qk_norm_rope.cases),
         ("modulated_norm", "dit_xl2", bench_modulated_norm.cases),

@@ -60,7 +60,7 @@ def test_our_side_is_the_trainers_step(model: str) -> None:
     step()
     assert (trainer.step, trainer.config.batch_size) == (2, 4)
     assert trainer.dataset.is_latent == (model == "dit_tiny")
-    with pytest.raises(ValueError, match="ours_compile, ours_graph, erd, uvit, lightningdit"):
+    with pytest.raises(ValueError, match="ours_fp8, ours_segments, erd, uvit, lightningdit"):
         step_sides.build("theirs", TINY, CPU)
 
 
@@ -87,6 +87,38 @@ def test_a_whole_comparison_writes_its_rows(tmp_path: Path, capsys: pytest.Captu
     assert "has no models/dit.py" in erd["failed"]
     assert f"{ours['images_per_s']:,.0f}" in report.render_result(result)
     assert "erd           not measured" in capsys.readouterr().out
+
+
+def test_variants_are_compared_with_the_compiled_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = "--sides ours_compile ours_segments --blocks 1 --steps 2 --warmup 1"
+    bench_train_step.main(words(f"--variants --model dit_tiny --batch 4 {sides} --results {tmp_path}"))
+    (path,) = tmp_path.glob("*/train_step_dit_tiny_4_variants.json")
+    result = json.loads(path.read_text())
+    compiled, segments = result["rows"]
+    assert compiled["ours_over"] is None
+    assert segments["ours_over"]["median"] == pytest.approx(segments["timing"]["p50_ms"] / compiled["timing"]["p50_ms"])
+    assert {"side ours_full", "side ours_tuned"} < set(result["missing"])
+    assert "side eager" not in result["missing"]
+    assert "| speed of ours_compile |" in report.render_result(result)
+    assert "ours_compile 1." in (said := capsys.readouterr().out) or "ours_compile 0." in said
+    with pytest.raises(SystemExit) as stop:
+        bench_train_step.main(words(f"--variants --erd {tmp_path}"))
+    assert stop.value.code == 2
+    assert "leave out --erd" in capsys.readouterr().err
+
+
+def test_variants_of_a_device_are_those_that_it_can_run() -> None:
+    assert step_sides.variants(CPU) == ["ours", "ours_compile", "ours_full", "ours_tuned"]
+
+
+def test_a_side_may_have_surroundings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(bench_train_step.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    monkeypatch.setenv("KEPT", "yes")
+    Worker("ours_segments", TINY)
+    Worker("ours", TINY)
+    assert [env.get("PYTORCH_CUDA_ALLOC_CONF") for env in started] == ["expandable_segments:True", None]
+    assert all(env["KEPT"] == "yes" for env in started)
 
 
 @pytest.mark.parametrize("option", ["--batch", "--blocks", "--steps"])
