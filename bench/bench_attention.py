@@ -27,6 +27,7 @@ from torch import Tensor
 from bench.device import default_device
 from bench.harness import Case, run_cases
 from bench.options import at_least
+from bench.store import one_line
 from bench.timing import interleave
 from erdfast.atomic import write_text
 from erdfast.ops import attention_table
@@ -170,7 +171,7 @@ def is_right(name: str, run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor
         found = run(*some)
         results = [found.detach(), *torch.autograd.grad(found, some, upstream)]
     except Exception as error:
-        print(f"    {name} left out: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        print(f"    {name} left out: {one_line(error)}")
         return False
     right = [wanted.detach(), *torch.autograd.grad(wanted, some, upstream)]
     tolerance = 3e-2 if found.dtype != torch.float32 else 3e-3  # TF32 may be allowed

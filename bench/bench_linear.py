@@ -1,14 +1,17 @@
-"""The matrix products of the networks at their sizes, with no bias: what a GPU reaches of one large product's rate.
+"""The matrix products of the networks at their sizes: what a GPU reaches of one large product's rate.
 
 `python -m bench.bench_linear` prints a table and writes bench/results/<device>/linear.json, from which bench.roofline
-and bench.step_model take the time of a step's products. The fused side is the three products as a training step runs
-them, and eager the same through autograd; the others are what could be done instead, and none of them is in use:
+and bench.step_model take the time of a step's products. A case is the three products of a Linear in one pass, called
+forward: its result with the bias, and the gradients of its input and its weights (the bias's is a sum, not a product).
+"fused" calls the library for each as a training step does, and eager is the same through autograd. The others are what
+could be done instead, and none of them is in use:
 
-    tuned        kernels chosen by measurement among the library's and Triton's (torch.compile's max-autotune)
+    tuned        kernels chosen by measurement among the library's and Triton's (torch.compile's max-autotune; at
+                 the sizes of the first network alone: it takes half a minute each)
     cublaslt     the other library, where PyTorch's choice is not that
     padded       U-ViT's 258 tokens as 264, a multiple of 8: more rows than are needed
     split        the gradient of the weights as 4 sums over a quarter of the rows each
-    wide         the gradient of the weights in float32, which spares its conversion before the optimiser
+    wide         the gradient of the weights in float32 at once; "widened" is fused and that conversion
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ from erdfast import presets
 
 OP = "linear"
 MODELS = {
-    "cuda": (("uvit_h2", 128), ("dit_xl2", 128), ("dit_b2", 128), ("jit_b16", 128)),
+    "cuda": (("uvit_h2", 128), ("dit_xl2", 128), ("dit_b2", 128), ("lightningdit_xl1", 128), ("jit_b16", 128)),
     "cpu": (("dit_digits", 128),),
 }
-"""(network, batch); LightningDiT-XL's and DiT-XL's products are almost the same."""
+"""(network, batch)."""
 SHARE = 0.02
 """A size is measured if it takes more than this part of the operations of a network's products."""
 TOKENS, PADDED = 258, 264
 SPLITS = 4
 
-Products = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(x, weight, gradient of the result) => result, gradients of x and weight."""
+Products = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(x, weight, bias, gradient of the result) => result, gradients of x and weight."""
 
 
 class Shape(NamedTuple):
@@ -47,91 +50,90 @@ class Shape(NamedTuple):
     outputs: int
 
 
-def shapes(device: str) -> list[Shape]:
-    """Of all networks' products with weights, once each."""
+def shapes(models: Sequence[tuple[str, int]]) -> list[Shape]:
+    """Of these networks' products with weights, once each."""
     found: dict[Shape, None] = {}
-    for model, batch in MODELS[device]:
+    for model, batch in models:
         works = [work for work in step_budget(presets.model_config(model), batch) if work.op == OP]
         total = sum(work.flops for work in works)
         found |= {Shape(*(work.fields or {})["shape"]): None for work in works if work.flops > SHARE * total}
     return list(found)
 
 
-def products(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def products(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As autograd multiplies."""
-    return F.linear(x, weight), grad @ weight, grad.t() @ x
+    return F.linear(x, weight, bias), grad @ weight, grad.t() @ x
 
 
-def by_autograd(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_autograd(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with a graph."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    out = F.linear(x, weight)
+    out = F.linear(x, weight, bias)
     grad_x, grad_weight = torch.autograd.grad(out, (x, weight), grad)
     return out.detach(), grad_x, grad_weight
 
 
-def by_cublaslt(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_cublaslt(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same by cuBLASLt."""
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
-        return products(x, weight, grad)
+        return products(x, weight, bias, grad)
     finally:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-def split(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the weights by parts of the rows."""
-    parts = [t.view(SPLITS, -1, t.shape[1]) for t in (grad, x)]
-    return F.linear(x, weight), grad @ weight, torch.bmm(parts[0].transpose(1, 2), parts[1]).sum(0)
+    grads, inputs = (t.view(SPLITS, -1, t.shape[1]) for t in (grad, x))
+    return F.linear(x, weight, bias), grad @ weight, torch.bmm(grads.transpose(1, 2), inputs).sum(0)
 
 
-def wide(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def wide(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the weights in float32."""
-    return F.linear(x, weight), grad @ weight, torch.mm(grad.t(), x, out_dtype=torch.float32)
+    return F.linear(x, weight, bias), grad @ weight, torch.mm(grad.t(), x, out_dtype=torch.float32)
 
 
-def padded(rows: int) -> Products:
-    """With as many rows as PADDED tokens have, which are there already: no copy is made."""
-    held: dict[int, list[Tensor]] = {}
+def widened(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `wide` spares: the gradient of the weights is converted afterwards."""
+    out, grad_x, grad_weight = products(x, weight, bias, grad)
+    return out, grad_x, grad_weight.float()
 
-    def run(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.data_ptr() not in held:
-            more = rows // TOKENS * PADDED - rows
-            held[x.data_ptr()] = [F.pad(t, (0, 0, 0, more)) for t in (x, grad)]
-        longer = held[x.data_ptr()]
-        return products(longer[0], weight, longer[1])
 
-    return run
+def first_rows(run: Products, rows: int) -> Products:
+    """Of inputs that have more."""
+    return lambda x, weight, bias, grad: run(x[:rows], weight, bias, grad[:rows])
 
 
 def candidates(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Products]:
     """What else could be done at this size; on a CPU the libraries are others."""
     found: dict[str, Products] = {"split": split} if shape.rows % SPLITS == 0 else {}
-    if shape.rows % TOKENS == 0:
-        found["padded"] = padded(shape.rows)
     if device == "cuda":
         found["cublaslt"] = by_cublaslt
-        found["tuned"] = torch.compile(products, mode="max-autotune-no-cudagraphs", dynamic=False)
         if dtype != torch.float32:
-            found["wide"] = wide
+            found |= {"wide": wide, "widened": widened}
+        if shape in shapes(MODELS[device][:1]):
+            found["tuned"] = torch.compile(products, mode="max-autotune-no-cudagraphs", dynamic=False)
     return found
 
 
 def make_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
-    """All three products in one pass, called forward: they make no graph."""
+    """Inputs are as long as the longest side wants them; all others take their first rows."""
     rows, inputs, outputs = shape
+    pads = rows % TOKENS == 0
+    length = rows // TOKENS * PADDED if pads else rows
 
     def make_inputs(i: int) -> tuple[Tensor, ...]:
-        sizes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+        sizes = ((length, inputs), (outputs, inputs), (outputs,), (length, outputs))
         return tuple(torch.randn(size, device=device).to(dtype) for size in sizes)
 
+    sides = {"eager": by_autograd, "fused": products, **candidates(shape, dtype, device)}
     numbers = rows * inputs + inputs * outputs + rows * outputs
     return Case(
         name=f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}",
         fields={"shape": list(shape), "dtype": dtype},
         make_inputs=make_inputs,
-        sides={"eager": by_autograd, "fused": products, **candidates(shape, dtype, device)},
+        sides={name: first_rows(side, rows) for name, side in sides.items()} | ({"padded": products} if pads else {}),
         passes=("forward",),
         bytes={"forward": 3 * dtype.itemsize * numbers},
         flops={"forward": 6 * rows * inputs * outputs},
@@ -140,10 +142,11 @@ def make_case(shape: Shape, dtype: torch.dtype, device: str) -> Case:
 
 
 def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
-    """Every size and dtype."""
+    """Every size; on a GPU no float32, in which no step multiplies."""
     for dtype in dtypes:
-        for shape in shapes(device):
-            yield make_case(shape, dtype, device)
+        if device == "cpu" or dtype != torch.float32:
+            for shape in shapes(MODELS[device]):
+                yield make_case(shape, dtype, device)
 
 
 def main() -> None:

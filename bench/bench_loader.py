@@ -27,7 +27,7 @@ from bench.device import device_name, environment
 from bench.harness import RESULTS
 from bench.loader_sides import SAMPLE_VALUES, SIDES, LoadOptions, Side, write_data
 from bench.options import at_least
-from bench.store import ResultFile, help_text
+from bench.store import ResultFile, help_text, one_line
 from bench.timing import ratio, summarize
 
 OP = "loader"
@@ -73,7 +73,7 @@ def build(names: Sequence[str], options: LoadOptions) -> tuple[dict[str, Side], 
         try:
             sides[name] = SIDES[name](options)
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            failed[name] = one_line(error)
     return sides, failed
 
 

@@ -2,14 +2,20 @@
 
     python -m bench.bench_train_step --model dit_b2 --batch 128 --sides eager compile ours ours_compile
     python -m bench.bench_train_step --model uvit_h2 --batch 128 --erd ~/ERD --uvit ~/U-ViT
-    python -m bench.bench_train_step --model uvit_h2 --batch 128 --variants
+    python -m bench.bench_train_step --model uvit_h2 --batch 128 --compare kernels
 
 Each side lives in a process of its own, so that none profits from another's allocator, compiler or imports; blocks of
 steps take turns on the device. The first steps, and the first of every block, are not counted. A side is a median over
 steps: images per second, MFU (erdfast.models.flops over the data sheet's dense bf16 peak) and peak memory. Written to
-bench/results/<device>/train_step_<model>_<batch>.json. See bench/step_sides.py for what each side does. With --variants
-our compiled step is compared with what other options make of it, in train_step_<model>_<batch>_variants.json; what they
-do to loss and gradients says bench.step_accuracy.
+bench/results/<device>/train_step_<model>_<batch>.json. See bench/step_sides.py for what each side does.
+
+--compare sets our compiled step beside itself with something changed, in train_step_<model>_<batch>_<what>.json:
+kernels    one after the other, each op of the network without this package's kernel
+graph      forward and backward as one CUDA graph
+full       one compiled graph from the data to the loss; tuned: with kernels chosen by measurement
+fp8        the products of the blocks in float8
+segments   memory in segments that can grow
+What they do to loss and gradients says bench.step_accuracy. All sides hold their memory at the same time.
 """
 
 from __future__ import annotations
@@ -34,8 +40,8 @@ from bench.harness import RESULTS
 from bench.options import at_least
 from bench.peers import PEERS
 from bench.report import milliseconds
-from bench.step_sides import ENVIRONMENT, SIDES, StepOptions, build, variants
-from bench.store import ResultFile, help_text
+from bench.step_sides import DEFAULT_COMPILE, ENVIRONMENT, SIDES, VARIANTS, StepOptions, build, replaced_sides
+from bench.store import ResultFile, help_text, one_line
 from bench.timing import ratio, summarize
 from erdfast import presets
 from erdfast.models.flops import training_flops
@@ -44,6 +50,9 @@ from erdfast.training.speed import peak_flops
 
 OURS, COMPILED = "ours", "ours_compile"
 DEFAULT_SIDES = ("eager", "compile", OURS, COMPILED)
+OTHERS, KERNELS = "others", "kernels"
+OPTIONS = {name.removeprefix("ours_"): name for name in VARIANTS if name not in (OURS, COMPILED)}
+"""What can be changed of our compiled step, and the side that does it."""
 DEFAULT_BLOCKS, DEFAULT_STEPS = 5, 10
 
 
@@ -52,19 +61,21 @@ DEFAULT_BLOCKS, DEFAULT_STEPS = 5, 10
 
 def work(side: str, options: StepOptions, orders: TextIO, answers: TextIO) -> None:
     """Build a side, then run as many steps as each line of `orders` says; answers are lines of JSON."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     torch.manual_seed(0)
     try:
         step = build(side, options, device)
         for line in orders:
             times = time_steps(step, int(line), device)
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+            memory: dict[str, int | None] = {"peak_bytes": None, "reserved_bytes": None}
             if device.type == "cuda":
+                allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                memory = {"peak_bytes": allocated, "reserved_bytes": reserved}
                 torch.cuda.empty_cache()  # the other sides share the device
-            print(json.dumps({"ms": times, "peak_bytes": peak}), file=answers, flush=True)
+            print(json.dumps({"ms": times, **memory}), file=answers, flush=True)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
-        print(json.dumps({"failed": str(error) if isinstance(error, ValueError) else reason}), file=answers, flush=True)
+        reason = str(error) if isinstance(error, ValueError) and str(error) else one_line(error)
+        print(json.dumps({"failed": reason}), file=answers, flush=True)
 
 
 def time_steps(step: Any, count: int, device: torch.device) -> list[float]:
@@ -90,7 +101,7 @@ class Worker:
     def __init__(self, side: str, options: StepOptions) -> None:
         self.side, self.failed = side, ""
         self.times: list[float] = []
-        self.peak_bytes: int | None = None
+        self.memory: dict[str, int | None] = {"peak_bytes": None, "reserved_bytes": None}
         command = [sys.executable, "-m", "bench.bench_train_step", "--work", side, json.dumps(asdict(options))]
         surroundings = os.environ | ENVIRONMENT.get(side, {})
         self.process = subprocess.Popen(
@@ -110,7 +121,7 @@ class Worker:
         self.failed = answer.get("failed", "")
         if not self.failed:
             self.times += answer["ms"][discard:]
-            self.peak_bytes = answer["peak_bytes"]
+            self.memory = {name: answer[name] for name in self.memory}
 
     def close(self) -> None:
         """Let the process end."""
@@ -143,7 +154,7 @@ def measure(
 
 def make_rows(workers: Sequence[Worker], options: StepOptions, base: str = OURS) -> list[dict[str, Any]]:
     """One row per side; `base`: the side that the others are compared with."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     flops, peak = training_flops(presets.model_config(options.model)) * options.batch, peak_flops(device)
     timings = {worker.side: summarize(worker.times) for worker in workers if worker.times and not worker.failed}
     own = timings.get(base)
@@ -160,7 +171,7 @@ def make_rows(workers: Sequence[Worker], options: StepOptions, base: str = OURS)
             | {
                 "images_per_s": options.batch / seconds,
                 "mfu": None if peak is None else flops / seconds / peak,
-                "peak_bytes": worker.peak_bytes,
+                **worker.memory,
                 "ours_over": None if own is None or worker.side == base else ratio(timing, own),
                 "timing": asdict(timing),
             }
@@ -185,22 +196,23 @@ def print_rows(rows: Sequence[dict[str, Any]], base: str = OURS) -> None:
 
 def head() -> dict[str, Any]:
     """What a result says about all of its rows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     where = environment() | {"precision": resolve_precision("auto", device).name}
     return {"op": "train_step", "environment": where}
 
 
-def default_sides(of_variants: bool) -> list[str]:
-    """Of a comparison with others, or of our compiled step with what other options make of it."""
-    if not of_variants:
+def default_sides(compare: str, model: str) -> list[str]:
+    """Of a comparison with others, or of our compiled step with itself changed; the first of these is the base."""
+    if compare == OTHERS:
         return list(DEFAULT_SIDES)
-    found = variants(torch.device(default_device()))
-    return found[found.index(COMPILED) :]
+    return [COMPILED, *(replaced_sides(model) if compare == KERNELS else [OPTIONS[compare]])]
 
 
 def missing(args: argparse.Namespace) -> list[str]:
     """What a run with these options lacks of a full one."""
-    lacking = [f"side {side}" for side in default_sides(args.variants) if side not in args.sides]
+    lacking = [f"side {side}" for side in default_sides(args.compare, args.model) if side not in args.sides]
+    if args.compile != DEFAULT_COMPILE:
+        lacking.append(f"compile {DEFAULT_COMPILE}")
     for name, wanted in (("blocks", DEFAULT_BLOCKS), ("steps", DEFAULT_STEPS)):
         if getattr(args, name) < wanted:
             lacking.append(f"{wanted - getattr(args, name)} of {wanted} {name}")
@@ -219,15 +231,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="dit_b2", choices=list(presets.MODELS), metavar="PRESET")
     parser.add_argument("--batch", type=at_least(1), default=128, help="images per step")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="by default eager, compile, ours, ours_compile")
-    parser.add_argument("--variants", action="store_true", help="compare ours_compile with our other options")
+    parser.add_argument(
+        "--compare", default=OTHERS, choices=[OTHERS, KERNELS, *OPTIONS], help="what with what; see above (%(default)s)"
+    )
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="by default those of --compare")
     for name in PEERS:
         parser.add_argument(f"--{name}", metavar="PATH", help="a checkout of their repository, measured as well")
     parser.add_argument(
         "--compile",
-        default="block",
+        default=DEFAULT_COMPILE,
         choices=["block", "full", "max-autotune"],
-        help="of ours_compile and variants; see erdfast.train",
+        help="of ours_compile and what is compared with it; see erdfast.train (%(default)s)",
     )
     parser.add_argument("--blocks", type=at_least(1), default=DEFAULT_BLOCKS, help="turns of each side")
     parser.add_argument("--steps", type=at_least(1), default=DEFAULT_STEPS, help="counted steps of a block")
@@ -238,10 +252,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     paths = {name: getattr(args, name) for name in PEERS if getattr(args, name)}
     options = StepOptions(model=args.model, batch=args.batch, compile=args.compile, paths=paths)
-    if args.variants and paths:
-        parser.error("--variants compares our own steps: leave out " + ", ".join(f"--{name}" for name in paths))
-    base, name = (COMPILED, "_variants") if args.variants else (OURS, "")
-    args.sides = args.sides or default_sides(args.variants)
+    base, name = (OURS, "") if args.compare == OTHERS else (COMPILED, f"_{args.compare}")
+    if name and paths:
+        given = ", ".join(f"--{peer}" for peer in paths)
+        parser.error(f"--compare {args.compare} is about our own step: leave out {given}")
+    args.sides = list(dict.fromkeys(args.sides or default_sides(args.compare, args.model)))
+    if name and base not in args.sides:
+        parser.error(f"--compare {args.compare} compares with {base}: name it among --sides")
     sides = [*args.sides, *paths]
     path = args.results / device_name() / f"train_step_{args.model}_{args.batch}{name}.json"
     try:
@@ -249,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     rows: list[dict[str, Any]] = []
-    described = head() | {"base": base}
+    described = head() | {"base": base, "compile": args.compile}
     turns = measure(sides, options, blocks=args.blocks, steps=args.steps, warmup=args.warmup)
     for turn, workers in enumerate(turns, start=1):
         rows = make_rows(workers, options, base)

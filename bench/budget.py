@@ -97,7 +97,7 @@ def linear(detail: str, count: int, rows: int, inputs: int, outputs: int, *, bia
 
 
 def bias_sums(works: Iterable[Work]) -> Work:
-    """Gradients of biases read those of the results once more; forward, a bias is added within the product."""
+    """Gradients of biases read those of the results once more; forward, a Linear adds the bias as it multiplies."""
     biased = [work for work in works if work.column_sums]
     num_bytes = LOW * sum(work.column_sums for work in biased)
     count = sum(work.count for work in biased)
@@ -125,18 +125,21 @@ def attention(heads: Heads, batch: int, count: int) -> Work:
 
 
 def convolution(product: Product, batch: int, count: int) -> Work:
-    """As `linear`: forward and two gradients; each reads two tensors and writes one, every pixel once."""
+    """As `linear`, every pixel read once. Eager adds a convolution's bias in a pass of its own, 2+2."""
     rows, weights = batch * product.rows, product.inputs * product.outputs * product.taps
     tensors = rows * product.stride**2 * product.inputs + weights + rows * product.outputs
     num_bytes = 3 * LOW * count * tensors
+    results = batch * count * product.rows * product.outputs
+    op = "linear" if product.taps == 1 else "convolution"
     return Work(
-        op="linear" if product.taps == 1 else "convolution",
+        op=op,
         detail=f"{product.kind}: {product.inputs} to {product.outputs}, {product.rows} rows",
         count=count,
         flops=6 * batch * count * product.multiplications,
         fused_bytes=num_bytes,
-        eager_bytes=num_bytes,
-        column_sums=batch * count * product.rows * product.outputs,
+        eager_bytes=num_bytes + (2 * LOW * results if op == "convolution" else 0),
+        fields={"shape": [rows, product.inputs, product.outputs]} | BF16 if op == "linear" else None,
+        column_sums=results,
     )
 
 
@@ -335,7 +338,8 @@ def _uvit(config: UViTConfig, batch: int) -> Iterator[Work]:
     channels, height, width = config.input_shape
     patch = channels * config.patch_size**2
     yield from _block_products(config, rows, qkv_bias=config.qkv_bias)
-    yield linear("skip", skips, rows, 2 * D, D)
+    yield linear("skip, of the stream", skips, rows, D, D)
+    yield linear("skip, of the other", skips, rows, D, D, bias=False)
     yield linear("patches in", 1, rows, patch, D)
     yield linear("patches out", 1, rows, D, patch)
     if config.conv:

@@ -52,11 +52,11 @@ def budget_page(folder: Path) -> str | None:
     parts = [
         f"# The budget of a training step on {folder.name}",
         "",
-        f"{BATCH} images, bf16, milliseconds; rendered by `python -m bench.report`. Least: operations or bytes at the "
-        "rates of a large product and a large copy that were measured here. Predicted: with what kernels reached of "
-        "those (bench/step_model.py), measured nowhere. Measured: by bench/profile_step.py, where it was run. Gap: "
-        "from the least to the measured time, or to the predicted one; until bench/bench_linear.py has measured them, "
-        "products are predicted without one.",
+        f"{BATCH} images, bf16, milliseconds; rendered by `python -m bench.report`. Least: operations or bytes, of the "
+        "passes that are made, at the rates of a large product and a large copy that were measured here. Predicted: "
+        "with what kernels reached of those (bench/step_model.py), measured nowhere. Measured: by "
+        "bench/profile_step.py, where it was run. Gap: from the least to the measured time, or to the predicted one; "
+        "until bench/bench_linear.py has measured them, products are predicted without one.",
     ]
     for model in NETWORKS:
         step = predict(model, calibration.gpu, BATCH, calibration, folder)

@@ -18,8 +18,8 @@
 # missing from there: pip install --no-index --find-links wheels. Never torch or triton: the machine's own are kept.
 #
 # What a stage took on an H200 with 16 processor cores: a benchmark 10 to 60 s with its compilation (DTYPES=bfloat16), a
-# training step of uvit_h2 a minute before its first step where torch.compile is among the sides. One stage at a time: what
-# else runs makes compilation several times slower.
+# training step of uvit_h2 a minute before its first step where torch.compile is among the sides. Nobody knows it yet of
+# bench_linear, compare_* and accuracy_*. One stage at a time: what else runs makes compilation several times slower.
 #
 # Environment: PYTHON (python3), WHEELS (wheels), LIMIT_S (450: seconds for a command), ROUNDS (31), DTYPES (bfloat16 float32),
 # ERDFAST_COMMIT (what results say where there is no .git), ERD, UVIT, LIGHTNINGDIT (checkouts of other repositories to be
@@ -55,8 +55,17 @@ stages() {
     step_lightningdit_xl1 "training steps, batch 128" \
     step_jit_b16 "training steps on pixels of 256, batch 128" \
     step_adm_unet_imagenet64 "training steps on pixels of 64, batch 128" \
-    variants_uvit_h2 "our compiled step beside what other options make of it: graph, whole, tuned, fp8, segments" \
-    variants_dit_xl2 "the same" \
+    compare_kernels_uvit_h2 "our compiled step with one kernel after the other replaced by what torch.compile makes" \
+    compare_kernels_dit_xl2 "the same" \
+    compare_kernels_lightningdit_xl1 "the same" \
+    compare_kernels_jit_b16 "the same" \
+    compare_graph_uvit_h2 "our compiled step with forward and backward as one CUDA graph" \
+    compare_graph_dit_b2 "the same" \
+    compare_fp8_uvit_h2 "our compiled step with float8 products" \
+    compare_fp8_dit_xl2 "the same" \
+    compare_segments_uvit_h2 "our compiled step with memory in segments that grow" \
+    compare_full_uvit_h2 "our compiled step as one compiled graph: minutes of compilation" \
+    compare_tuned_uvit_h2 "the same, kernels chosen by measurement: more minutes" \
     accuracy_uvit_h2 "loss and gradients of every option beside float32, batch 16" \
     accuracy_dit_xl2 "the same" \
     accuracy_lightningdit_xl1 "the same" \
@@ -146,12 +155,14 @@ step() { # model batch
   run "$python" -m bench.bench_train_step --model "$1" --batch "$2" "${others[@]}"
 }
 
-variants() { # model
+compare() { # what model
   if [ -n "$dry" ]; then
-    run "$python" -m bench.bench_train_step --variants --model "${1%%_*}_tiny" --batch 4 --sides ours_compile ours_segments \
+    local sides=(ours_compile "ours_$1")
+    [ "$1" = kernels ] && sides=(ours_compile without_modulated_norm)
+    run "$python" -m bench.bench_train_step --compare "$1" --model "${2%%_*}_tiny" --batch 4 --sides "${sides[@]}" \
       --blocks 1 --steps 2 --warmup 1 --no-save
   else
-    run "$python" -m bench.bench_train_step --variants --model "$1" --batch 128
+    run "$python" -m bench.bench_train_step --compare "$1" --model "$2" --batch 128
   fi
 }
 
@@ -210,7 +221,7 @@ stage() {
     bench_*) benchmark "$1" ;;
     step_*_small) name=${1#step_}; step "${name%_small}" 32 ;;
     step_*) step "${1#step_}" 128 ;;
-    variants_*) variants "${1#variants_}" ;;
+    compare_*) name=${1#compare_}; compare "${name%%_*}" "${name#*_}" ;;
     accuracy_*) accuracy "${1#accuracy_}" ;;
     profile_*) profile "${1#profile_}" ;;
     loader) loader ;;

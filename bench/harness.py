@@ -31,7 +31,7 @@ from erdfast.ops.backend import resolve_backend
 
 from .device import ROOT, Ceilings, default_device, device_name, environment, measure_ceilings
 from .options import at_least
-from .store import ResultFile, help_text
+from .store import ResultFile, help_text, one_line
 from .timing import Prepare, Timing, interleave, ratio
 
 RESULTS = ROOT / "bench" / "results"
@@ -104,8 +104,8 @@ class Measurement:
         self.sides = dict(case.sides)
         if compiled:
             self.sides = {"fused": self.sides["fused"]}
+        torch._dynamo.reset()  # each case compiles its own: of one function no more than eight sizes
         if case.compile and compiled is not False:
-            torch._dynamo.reset()  # each case compiles its own
             self.sides = {"compile": torch.compile(case.sides["eager"], dynamic=False), **self.sides}
         self.sets = [case.make_inputs(0)]
         size = sum(t.nbytes for t in _tensors(self.sets[0]))
@@ -153,7 +153,7 @@ class Measurement:
                 for kind in self.case.all_passes():
                     self.prepare(side, kind)(0)()
             except Exception as error:
-                failed[side] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                failed[side] = one_line(error)
                 del self.sides[side]
         return failed
 
@@ -376,7 +376,7 @@ def _parse(op: str, doc: str | None, argv: Sequence[str] | None) -> argparse.Nam
     parser.add_argument("--rounds", type=at_least(1), default=DEFAULT_ROUNDS, help="timed calls of each side")
     parser.add_argument("--dtypes", nargs="+", default=list(DEFAULT_DTYPES), choices=DTYPES)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name; not saved")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="no side torch.compile of eager")
     parser.add_argument("--no-save", dest="save", action="store_false", help="print only")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--overwrite", action="store_true", help="let this run replace a full one whatever it lacks")

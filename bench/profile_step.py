@@ -134,12 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     step = build(args.side, StepOptions(model=args.model, batch=args.batch, compile=args.compile), device)
     for _ in range(args.warmup):
         step()
-    row = {"case": f"{args.model} batch {args.batch}", "side": args.side, "compile": args.compile}
+    row = {"case": f"{args.model} batch {args.batch}", "side": args.side}
     row |= summarize(kernel_times(step, args.steps, device), time_step(step, args.steps, device))
     row["host_waits"] = count_syncs(step) if device.type == "cuda" else None
     print_summary(row)
     if args.save:
-        described = head() | {"op": "profile_step"}
+        described = head() | {"op": "profile_step", "compile": args.compile}
         path = args.results / device_name() / f"profile_{args.model}_{args.batch}_{args.side}.json"
         print(f"written: {ResultFile(path, missing=[], overwrite=True).write(described, [row], finished=True)}")
 

@@ -136,10 +136,7 @@ def _side(side: str) -> str:
 
 def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """Rows of bench_train_step: one per network, batch and side."""
-    measured = [row for row in result["rows"] if "failed" not in row]
-    rows = [row for row in measured if all(word in f"{row['case']} {row['side']}".split() for word in words)]
-    if not rows:
-        raise ReportError(f"no row of {result['op']} has all of: {' '.join(words)}")
+    rows = _chosen(result, words)
     columns: dict[str, Callable[[Row], str]] = {
         "step": lambda row: row["case"],
         "side": lambda row: row["side"],
@@ -147,6 +144,7 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
         "ms": lambda row: milliseconds(row["timing"]["p50_ms"]),
         "MFU": lambda row: "" if row["mfu"] is None else f"{row['mfu']:.1%}",
         "peak memory": lambda row: "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:,.1f} GB",
+        "reserved": lambda row: f"{reserved / 1e9:,.1f} GB" if (reserved := row.get("reserved_bytes")) else "",
         f"speed of {result.get('base', 'ours')}": lambda row: spread(row["ours_over"]),
     }
     where = result["environment"]
@@ -163,10 +161,7 @@ def train_step_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> st
 
 def loader_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """Rows of bench_loader: one per way of reading."""
-    measured = [row for row in result["rows"] if "failed" not in row]
-    rows = [row for row in measured if all(word in f"{row['case']} {row['side']}".split() for word in words)]
-    if not rows:
-        raise ReportError(f"no row of {result['op']} has all of: {' '.join(words)}")
+    rows = _chosen(result, words)
     columns: dict[str, Callable[[Row], str]] = {
         "side": lambda row: row["side"],
         "samples/s": lambda row: f"{row['samples_per_s']:,.0f}",
@@ -207,18 +202,29 @@ def profile_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
 
 def accuracy_table(result: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """Rows of step_accuracy: what a step's options do to its loss and gradients."""
+    rows = _chosen(result, words)
     columns: dict[str, Callable[[Row], str]] = {
         "step": lambda row: row["case"],
         "side": lambda row: row["side"],
+        "precision": lambda row: row["precision"],
         "loss": lambda row: f"{row['loss']:.5f}",
-        "its error": lambda row: f"{row['loss_error']:+.3%}",
-        "gradient's error": lambda row: f"{row['gradient_error']:.2%}",
-        "worst parameter": lambda row: f"{row['worst']}, {row['worst_error']:.1%}" if row["worst_error"] else "",
+        "its error": lambda row: f"{row['loss_error']:+.1e}" if row["gradient_error"] else "",
+        "gradient's error": lambda row: f"{row['gradient_error']:.1e}" if row["gradient_error"] else "",
+        "worst parameter": lambda row: f"{row['worst']} {row['worst_error']:.1e}" if row["gradient_error"] else "",
     }
     where = result["environment"]
-    text = f"{where['device']}, torch {where['torch']}, {where['date']}, commit `{where['commit']}`"
-    text += "; see bench/step_accuracy.py." + ("" if result.get("complete", True) else LACKING)
-    return f"{table(columns, [row for row in result['rows'] if 'failed' not in row])}\n\n{text}\n"
+    text = f"{where['device']}, torch {where['torch']}, {where['date']}, commit `{where['commit']}`; compile "
+    text += f"{result['compile']}; see bench/step_accuracy.py." + ("" if result.get("complete", True) else LACKING)
+    return f"{table(columns, rows)}\n\n{text}\n"
+
+
+def _chosen(result: Mapping[str, Any], words: Sequence[str]) -> list[Row]:
+    """Rows that were measured and whose case and side have all words."""
+    measured = [row for row in result["rows"] if "failed" not in row]
+    rows = [row for row in measured if all(word in f"{row['case']} {row['side']}".split() for word in words)]
+    if not rows:
+        raise ReportError(f"no row of {result['op']} has all of: {' '.join(words)}")
+    return rows
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any], Sequence[str]], str]] = {

@@ -273,7 +273,9 @@ def _source(work: Work, calibration: Calibration) -> str:
     if work.measured_ms is not None:
         return "measured"
     share = calibration.share(work)
-    if (PRODUCTS[0] if work.op in PRODUCTS else work.op) in calibration.kernels:
+    if work.op in PRODUCTS and PRODUCTS[0] in calibration.kernels:
+        return f"{share.flops:.0%} of products, as Linears were measured at other sizes"
+    if work.op in calibration.kernels:
         products = f"{share.flops:.0%} of products, " if work.flops else ""
         return f"{products}{share.bytes:.0%} of copies, as measured at other sizes"
     if work.flops:

@@ -10,18 +10,19 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import peers
+from bench.budget import step_budget
 from erdfast import cli, presets, recipes
 from erdfast.config import TrainConfig
 from erdfast.data import Batch, Dataset
 from erdfast.models import BackboneConfig
 from erdfast.ops.backend import default_backend
-from erdfast.ops.fp8_linear import fp8_reason
 from erdfast.process import Process
 from erdfast.training.parallel import World
 from erdfast.training.precision import resolve_precision
@@ -30,6 +31,7 @@ from erdfast.training.trainer import Trainer
 LATENT_SCALE = 0.18215
 EMA_DECAY = 0.9999
 NUM_TIMESTEPS = 1000
+DEFAULT_COMPILE = "block"
 Step = Callable[[], object]
 
 
@@ -41,8 +43,8 @@ class StepOptions:
     """Preset."""
     batch: int
     """Images per step."""
-    compile: str = "block"
-    """Of "ours_compile", and of the variants that are about something else: block, full or max-autotune."""
+    compile: str = DEFAULT_COMPILE
+    """Of "ours_compile" and of what is compared with it: block, full or max-autotune."""
     samples: int = 4096
     """Images in memory."""
     paths: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -154,14 +156,28 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def trainer(
-    options: StepOptions, device: torch.device, *, compiled: str = "none", graph: bool = False, precision: str = "auto"
+    options: StepOptions,
+    device: torch.device,
+    *,
+    compiled: str | None = None,
+    graph: bool = False,
+    precision: str = "auto",
 ) -> Trainer:
-    """A trainer by the network's own recipe; weights, times and noise do not depend on the last three."""
+    """A trainer by the network's own recipe; weights, times and noise do not depend on the last three.
+
+    Args:
+        compiled: see erdfast.train; by default what `options` says.
+        graph: forward and backward as one CUDA graph.
+        precision: auto, fp32, bf16 or fp8.
+
+    Raises:
+        ValueError: the device cannot do that.
+    """
     recipe = recipes.recipe(recipes.recipe_of_model(options.model))
     own = {
         "model": options.model,
         "batch_size": options.batch,
-        "compile": compiled,
+        "compile": compiled or options.compile,
         "cuda_graph": graph,
         "precision": resolve_precision(precision, device).name,
         "data": "random",
@@ -175,37 +191,58 @@ def trainer(
     return Trainer(config, data, Path("unused"), World(device=device), say=lambda _line: None)
 
 
-VARIANTS: dict[str, Callable[[StepOptions, torch.device], Trainer]] = {
-    "ours": trainer,
-    "ours_compile": lambda options, device: trainer(options, device, compiled=options.compile),
-    "ours_graph": lambda options, device: trainer(options, device, compiled=options.compile, graph=True),
-    "ours_full": lambda options, device: trainer(options, device, compiled="full"),
-    "ours_tuned": lambda options, device: trainer(options, device, compiled="max-autotune"),
-    "ours_fp8": lambda options, device: trainer(options, device, compiled=options.compile, precision="fp8"),
-    "ours_segments": lambda options, device: trainer(options, device, compiled=options.compile),
+VARIANTS: dict[str, Callable[..., Trainer]] = {
+    "ours": partial(trainer, compiled="none"),
+    "ours_compile": trainer,
+    "ours_graph": partial(trainer, graph=True),
+    "ours_full": partial(trainer, compiled="full"),
+    "ours_tuned": partial(trainer, compiled="max-autotune"),
+    "ours_fp8": partial(trainer, precision="fp8"),
+    "ours_segments": trainer,
 }
-"""This package's step as the options of erdfast.train change it; the first two are in every comparison."""
+"""This package's step as options change it: as it is, compiled, and the compiled one with one option more."""
 
+_SEGMENTS = "expandable_segments:True"
 ENVIRONMENT: dict[str, dict[str, str]] = {
-    "ours_segments": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    "ours_segments": {"PYTORCH_ALLOC_CONF": _SEGMENTS, "PYTORCH_CUDA_ALLOC_CONF": _SEGMENTS},
 }
-"""What the process of a side is started with beyond its surroundings."""
+"""What the process of a side is started with beyond its surroundings: the new name of a variable and the old one."""
+
+REPLACED = ("attention", "diffusion_loss", "dropout", "gelu", "modulated_norm", "qk_norm_rope", "swiglu")
+"""Ops whose kernels the sides "without_..." do without: torch.compile makes its own of the reference, and PyTorch
+chooses its attention. Whether a kernel is worth having in a step is what these say; norms and loss go with what
+surrounds them, which an op timed alone cannot show."""
 
 
-def variants(device: torch.device) -> list[str]:
-    """Those that a device can run; memory is shared out and graphs are recorded on GPUs alone."""
-    lacking = {"ours_graph", "ours_segments"} if device.type == "cpu" else set()
-    if fp8_reason(device) is not None:
-        lacking.add("ours_fp8")
-    return [name for name in VARIANTS if name not in lacking]
+def replaced_sides(model: str) -> list[str]:
+    """Those of the ops that a step of this network has."""
+    ops = {work.op for work in step_budget(presets.model_config(model), 1)}
+    return [f"{WITHOUT}{op}" for op in REPLACED if op in ops]
 
 
-def _step_of(variant: str) -> Callable[[StepOptions, torch.device], Step]:
-    return lambda options, device: VARIANTS[variant](options, device)._train_step
+WITHOUT = "without_"
+
+
+def _trainers_step(make: Callable[..., Trainer]) -> Callable[[StepOptions, torch.device], Step]:
+    return lambda options, device: make(options, device)._train_step
+
+
+def _replaced_step(op: str) -> Callable[[StepOptions, torch.device], Step]:
+    def build(options: StepOptions, device: torch.device) -> Step:
+        step = trainer(options, device)._train_step
+
+        def run() -> None:
+            with default_backend("reference", op):
+                step()
+
+        return run
+
+    return build
 
 
 SIDES: dict[str, Callable[[StepOptions, torch.device], Step]] = {
     "eager": lambda options, device: EagerStep(options, device, compiled=False),
     "compile": lambda options, device: EagerStep(options, device, compiled=True),
-    **{name: _step_of(name) for name in VARIANTS},
+    **{name: _trainers_step(make) for name, make in VARIANTS.items()},
+    **{f"{WITHOUT}{op}": _replaced_step(op) for op in REPLACED},
 }

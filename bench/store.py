@@ -29,6 +29,12 @@ def help_text() -> str:
     return textwrap.fill(POLICY, 100, break_on_hyphens=False)
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception for a table: its kind and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:limit]}" if said else type(error).__name__
+
+
 def is_complete(path: Path) -> bool:
     """Whether the file of a full run lies there."""
     try:
@@ -44,8 +50,12 @@ class ResultFile:
         """missing: what the run lacks of a full one, in words.
 
         Raises:
-            ValueError: it lacks something, and the file of a full run must not be overwritten.
+            ValueError: it lacks something, and the file of a full run must not be overwritten; or its folder cannot be.
         """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{path.parent} cannot be a folder of results: {error.strerror}") from None
         self.path, self.missing = path, list(missing)
         self._keeps = is_complete(path) and not overwrite
         if self._keeps and self.missing:

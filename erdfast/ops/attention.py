@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_packages import PACKAGES, package_attention, package_reason
 from .attention_table import key_bucket, measured_backend, table_head_widths
-from .backend import launcher, resolve_backend
+from .backend import default_of, launcher, resolve_backend
 from .fused import FusedOp
 
 
@@ -133,7 +133,7 @@ def _attention_auto(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _choose(q: Tensor, k: Tensor) -> str:
     """The measured backend, or "auto" where PyTorch shall choose."""
     bucket = key_bucket(k.shape[2])
-    if bucket is None:
+    if bucket is None or default_of("attention") == "reference":
         return "auto"
     dtype = torch.get_autocast_dtype(q.device.type) if _lowers(q) else q.dtype
     head_width = next((width for width in table_head_widths() if width == q.shape[3]), None)

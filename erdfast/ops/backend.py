@@ -18,30 +18,58 @@ import torch
 BACKENDS = ("reference", "cpu", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled back ends take; the reference takes float64 too."""
+OPS = (
+    "adamw_ema",
+    "attention",
+    "diffusion_loss",
+    "dropout",
+    "gelu",
+    "heun_step",
+    "modulated_norm",
+    "qk_norm_rope",
+    "swiglu",
+)
+"""Ops with back ends; add_noise goes with diffusion_loss, as both must draw the same noise."""
 
 
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
 _default: str | None = None
+_default_of: dict[str, str | None] = {}
 
 
 @contextlib.contextmanager
-def default_backend(name: str | None) -> Iterator[None]:
+def default_backend(name: str | None, *ops: str) -> Iterator[None]:
     """Within it, ops called without a back end run `name` if they have it: `with default_backend("reference"): ...`.
 
     For comparisons: models call their ops without a back end. One setting for the whole process, not one per thread;
-    torch.compile notices it and compiles anew.
+    torch.compile notices it and compiles anew. For attention `reference` means that PyTorch chooses.
+
+    Args:
+        name: of BACKENDS; None: the fastest, as usual.
+        ops: of OPS, where it is not for all of them; goes before what is said for all.
 
     Raises:
-        ValueError: `name` is none of BACKENDS.
+        ValueError: an unknown name.
     """
-    global _default
+    global _default, _default_of
     if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
-    before, _default = _default, name
+    if unknown := [op for op in ops if op not in OPS]:
+        raise ValueError(f"no op is called {unknown[0]!r}; choose from {', '.join(OPS)}")
+    before = _default, _default_of
+    if ops:
+        _default_of = _default_of | dict.fromkeys(ops, name)
+    else:
+        _default = name
     try:
         yield
     finally:
-        _default = before
+        _default, _default_of = before
+
+
+def default_of(op: str) -> str | None:
+    """What `default_backend` says for an op; None where it says nothing."""
+    return _default_of.get(op, _default)
 
 
 @functools.cache
@@ -153,8 +181,8 @@ def resolve_backend(
         NotImplementedError: under torch.func or forward-mode differentiation, unless the reference runs.
     """
     if torch.compiler.is_compiling():  # imports cannot be traced: what is missing is then said when the op runs
-        return _choose(requested, _default, device.type, dtype, backends)
-    chosen = _resolve(requested, _default, device, dtype, op, backends)
+        return _choose(requested, default_of(op), device.type, dtype, backends)
+    chosen = _resolve(requested, default_of(op), device, dtype, op, backends)
     if chosen != "reference":
         _refuse_transforms(chosen)
     return chosen

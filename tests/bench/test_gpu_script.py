@@ -47,8 +47,8 @@ def test_the_wheels_in_its_header_cover_what_it_installs() -> None:
         ("tests_kernels", "test_add_noise.py"),
         ("loader", "ran: loader, gather, hdf5"),
         ("weighting", "results.json, weighting_excess.png"),
-        ("variants_dit_xl2", "ours_segments"),
-        ("accuracy_uvit_h2", "worst"),
+        ("compare_kernels_dit_xl2", "  ours_compile "),
+        ("accuracy_uvit_h2", "  worst "),
     ],
 )
 def test_a_stage_runs_at_toy_size(stage: str, wanted: str, tmp_path: Path) -> None:

@@ -174,10 +174,11 @@ def test_help_renders_nothing(
 
 
 def test_steps_that_failed_are_left_out() -> None:
-    good = {"images_per_s": 1234.5, "mfu": 0.4321, "peak_bytes": 5 * 10**9, "timing": TIMING, "ours_over": None}
+    memory = {"peak_bytes": 5 * 10**9, "reserved_bytes": 7 * 10**9}
+    good = {"images_per_s": 1234.5, "mfu": 0.4321, **memory, "timing": TIMING, "ours_over": None}
     rows = [{"case": "dit_b2 batch 128", "side": "ours"} | good, {"case": "x", "side": "erd", "failed": "no"}]
     text = report.render_result(result(*rows, op="train_step"))
-    assert "| dit_b2 batch 128 | ours | 1,234 | 2 | 43.2% | 5.0 GB |" in text
+    assert "| dit_b2 batch 128 | ours | 1,234 | 2 | 43.2% | 5.0 GB | 7.0 GB |" in text
     assert "erd" not in text
 
 

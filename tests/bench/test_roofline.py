@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from bench import roofline
 from bench.budget import linear
 from bench.roofline import MACHINES, step_budget, totals, with_measurements
 from erdfast import presets
-from erdfast.models import UViTConfig
+from erdfast.models import DiTConfig, UViTConfig
 from erdfast.models.flops import parameter_count, training_flops
+from erdfast.models.rope_layers import RopeConfig
 
 
 @pytest.mark.parametrize("model", presets.MODELS)
@@ -48,17 +51,31 @@ def test_fusions_save_traffic_and_the_optimiser_moves_36_bytes(model: str) -> No
     assert compute < fused < eager < 3 * compute
 
 
-def test_biases_sum_up_the_gradients_of_what_they_were_added_to() -> None:
-    config, rows = presets.model_config("uvit_tiny"), 3 * (16 + 2)
-    assert isinstance(config, UViTConfig)
-    depth, width, hidden = config.depth, config.width, config.mlp_width
-    blocks = depth * (width + hidden + width) + depth // 2 * width  # proj, fc1, fc2; skips; none of qkv
-    channels, height, side = config.input_shape
-    ends = rows * (width + channels * config.patch_size**2) + 3 * height * side * channels
-    (sums,) = [work for work in step_budget(config, 3) if work.op == "bias"]
-    assert sums.fused_bytes == 2 * (rows * blocks + ends)
-    (more,) = [work for work in step_budget(presets.model_config("uvit_tiny", qkv_bias=True), 3) if work.op == "bias"]
-    assert more.fused_bytes - sums.fused_bytes == 2 * rows * depth * 3 * width
+TINY = ("uvit_tiny", "dit_tiny", "lightningdit_tiny", "jit_tiny", "adm_unet_tiny")
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_biases_sum_up_the_gradients_of_what_they_were_added_to(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, batch, added = presets.model_config(model), 3, []
+    for name in ("linear", "conv2d", "conv1d"):
+        function = getattr(F, name)
+
+        def count(x, weight, bias=None, *rest, function=function, **options):
+            out = function(x, weight, bias, *rest, **options)
+            added.append(0 if bias is None else out.numel())
+            return out
+
+        monkeypatch.setattr(F, name, count)
+    x, y = torch.randn(batch, *config.input_shape), torch.zeros(batch, dtype=torch.int64)
+    config.build()(x, torch.full((batch,), 0.5), y)
+    (sums,) = [work for work in step_budget(config, batch) if work.op == "bias"]
+    expected = sum(added)
+    if isinstance(config, UViTConfig):  # the extra tokens are counted in both embeddings of patches
+        expected += batch * config.extra_tokens * (config.width + config.input_shape[0] * config.patch_size**2)
+    assert sums.fused_bytes == 2 * expected
+    # The modulations of all blocks and the last layer are one work.
+    joined = config.depth if isinstance(config, DiTConfig | RopeConfig) else 0
+    assert sums.count == sum(number > 0 for number in added) - joined
 
 
 def test_every_norm_of_a_network_is_there() -> None:

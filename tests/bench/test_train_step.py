@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_our_side_is_the_trainers_step(model: str) -> None:
     step()
     assert (trainer.step, trainer.config.batch_size) == (2, 4)
     assert trainer.dataset.is_latent == (model == "dit_tiny")
-    with pytest.raises(ValueError, match="ours_fp8, ours_segments, erd, uvit, lightningdit"):
+    with pytest.raises(ValueError, match="without_qk_norm_rope, without_swiglu, erd, uvit, lightningdit"):
         step_sides.build("theirs", TINY, CPU)
 
 
@@ -89,31 +90,75 @@ def test_a_whole_comparison_writes_its_rows(tmp_path: Path, capsys: pytest.Captu
     assert "erd           not measured" in capsys.readouterr().out
 
 
-def test_variants_are_compared_with_the_compiled_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sides = "--sides ours_compile ours_segments --blocks 1 --steps 2 --warmup 1"
-    bench_train_step.main(words(f"--variants --model dit_tiny --batch 4 {sides} --results {tmp_path}"))
-    (path,) = tmp_path.glob("*/train_step_dit_tiny_4_variants.json")
+def test_our_compiled_step_is_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = "--sides ours_compile ours_segments ours_compile --blocks 1 --steps 2 --warmup 1"
+    bench_train_step.main(words(f"--compare segments --model dit_tiny --batch 4 {sides} --results {tmp_path}"))
+    (path,) = tmp_path.glob("*/train_step_dit_tiny_4_segments.json")
     result = json.loads(path.read_text())
-    compiled, segments = result["rows"]
+    compiled, segments = result["rows"]  # a side that is named twice is one
     assert compiled["ours_over"] is None
     assert segments["ours_over"]["median"] == pytest.approx(segments["timing"]["p50_ms"] / compiled["timing"]["p50_ms"])
-    assert {"side ours_full", "side ours_tuned"} < set(result["missing"])
-    assert "side eager" not in result["missing"]
+    assert (result["base"], result["compile"]) == ("ours_compile", "block")
+    assert result["missing"] == ["4 of 5 blocks", "8 of 10 steps"]
     assert "| speed of ours_compile |" in report.render_result(result)
-    assert "ours_compile 1." in (said := capsys.readouterr().out) or "ours_compile 0." in said
+    assert re.search(r"  ours_compile \d+\.\d\dx", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--compare graph --erd .", "--compare graph is about our own step: leave out --erd"),
+        ("--compare fp8 --sides ours_fp8", "--compare fp8 compares with ours_compile: name it among --sides"),
+        ("--results /dev/null", "/dev/null/.* cannot be a folder of results: Not a directory"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        bench_train_step.main(words(f"--variants --erd {tmp_path}"))
+        bench_train_step.main(words(options))
     assert stop.value.code == 2
-    assert "leave out --erd" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_variants_of_a_device_are_those_that_it_can_run() -> None:
-    assert step_sides.variants(CPU) == ["ours", "ours_compile", "ours_full", "ours_tuned"]
+def test_sides_of_a_comparison() -> None:
+    kernels = bench_train_step.default_sides("kernels", "lightningdit_tiny")
+    assert kernels[0] == "ours_compile"
+    assert {"without_swiglu", "without_qk_norm_rope", "without_attention"} < set(kernels)
+    assert "without_gelu" not in kernels
+    assert "without_dropout" not in bench_train_step.default_sides("kernels", "dit_tiny")
+    for option in ("graph", "full", "tuned", "fp8", "segments"):
+        assert bench_train_step.default_sides(option, "dit_tiny") == ["ours_compile", f"ours_{option}"]
+    assert set(step_sides.REPLACED) < set(backend.OPS)
+
+
+def test_a_replaced_op_runs_by_reference_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = step_sides.trainer(TINY, CPU, compiled="none")
+    monkeypatch.setattr(step_sides, "trainer", lambda *_: trainer)
+    step = step_sides.build("without_diffusion_loss", TINY, CPU)
+    chosen: list[tuple[str, str]] = []
+
+    def note(*_: object) -> None:
+        for op in ("diffusion_loss", "adamw_ema"):
+            chosen.append((op, backend.resolve_backend(None, CPU, torch.float32, op=op)))
+
+    trainer.diffusion.register_forward_pre_hook(note)
+    step()
+    assert chosen == [("diffusion_loss", "reference"), ("adamw_ema", "cpu")]
+    assert backend.resolve_backend(None, CPU, torch.float32) == "cpu"
+
+
+def test_variants_are_what_they_are_called() -> None:
+    compiled = {name: step_sides.VARIANTS[name](TINY, CPU).compiled for name in ("ours", "ours_compile", "ours_full")}
+    assert compiled == {"ours": "none", "ours_compile": "block", "ours_full": "full"}
+    with pytest.raises(ValueError, match="precision fp8 needs"):
+        step_sides.VARIANTS["ours_fp8"](TINY, CPU)
+    with pytest.raises(ValueError, match="cuda_graph needs a GPU"):
+        step_sides.VARIANTS["ours_graph"](TINY, CPU)
 
 
 def test_a_side_may_have_surroundings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, str]] = []
     monkeypatch.setattr(bench_train_step.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("KEPT", "yes")
     Worker("ours_segments", TINY)
     Worker("ours", TINY)
@@ -132,7 +177,7 @@ def test_counts_begin_at_one(option: str, capsys: pytest.CaptureFixture[str]) ->
 def test_mfu_is_model_operations_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train_step, "peak_flops", lambda device: 1e12)
     worker = Worker.__new__(Worker)
-    worker.side, worker.failed, worker.times, worker.peak_bytes = "ours", "", [10.0, 20.0, 30.0], None
+    worker.side, worker.failed, worker.times, worker.memory = "ours", "", [10.0, 20.0, 30.0], {}
     (row,) = make_rows([worker], StepOptions(model="dit_b2", batch=4))
     assert row["images_per_s"] == pytest.approx(200)
     assert row["mfu"] == pytest.approx(4 * 138.0e9 / 0.02 / 1e12, rel=0.01)

@@ -1,5 +1,8 @@
 """Choosing a back end, and the Triton back end behind the public ops (in the interpreter where there is no GPU)."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -58,6 +61,29 @@ def test_the_default_can_be_set_for_a_while_and_compiled_code_follows() -> None:
     assert backend.resolve_backend(None, device, dtype) == "cpu"
     with pytest.raises(ValueError, match=", ".join(BACKENDS)), backend.default_backend("cuda"):
         pass
+
+
+def test_a_default_may_be_for_some_ops() -> None:
+    def chosen(op: str) -> str:
+        return backend.resolve_backend(None, torch.device("cpu"), torch.float32, op=op)
+
+    with backend.default_backend("reference", "diffusion_loss"):
+        assert (chosen("diffusion_loss"), chosen("adamw_ema")) == ("reference", "cpu")
+        with backend.default_backend("reference"), backend.default_backend("cpu", "adamw_ema"):
+            assert (chosen("diffusion_loss"), chosen("adamw_ema")) == ("reference", "cpu")
+            with backend.default_backend(None, "diffusion_loss", "adamw_ema"):
+                assert (chosen("diffusion_loss"), chosen("adamw_ema")) == ("cpu", "cpu")
+                assert backend.default_of("gelu") == "reference"
+        assert (chosen("diffusion_loss"), chosen("adamw_ema")) == ("reference", "cpu")
+    assert chosen("diffusion_loss") == "cpu"
+    unknown = r"no op is called 'norm'; choose from adamw_ema, .*, swiglu"
+    with pytest.raises(ValueError, match=unknown), backend.default_backend("reference", "norm"):
+        pass
+
+
+def test_ops_are_those_that_choose_a_back_end() -> None:
+    sources = "\n".join(path.read_text() for path in Path(backend.__file__).parent.glob("*.py"))
+    assert set(re.findall(r'resolve_backend\(.*op="(\w+)"', sources)) | {"diffusion_loss"} == set(backend.OPS)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2, 5, 7), (2, 3, 40, 41)], ids=str)
