@@ -255,19 +255,15 @@ def drops(config: JiTConfig, batch: int) -> Work:
 
 
 def joins(count: int, shape: tuple[int, int, int]) -> Work:
-    """What surrounds the products of a skip's Linear, per element of x: casts of x and skip and the sum of gradients.
+    """The sum before a skip's Linear and what surrounds its products, per element of x.
 
-    Fused: two casts 2*(4+2), backward two casts 2*(2+4), sum of the skip's gradients 4+4+4. Eager also concatenates in
-    float32 (8+8; the cast is then 8+4), and backward splits the gradient (4+8, 8+8).
+    Fused: sum and cast 4+2+2, cast of the skip 4+2, backward 2+4+2 and 2+4, sum of the skip's gradients 4+4+4. Eager:
+    sum 4+2+4, joined in float32 8+8, cast 8+4, and backward cast 4+8, split 8+8, branch 4+2, sum of gradients 4+4+4.
     """
-    elements = count * shape[0] * shape[1] * shape[2]
-    fused, eager = 12 + 12 + 12, (16 + 12) + (12 + 16 + 12)
+    fused, eager = 8 + 6 + 8 + 6 + 12, 10 + 16 + 12 + 12 + 16 + 6 + 12
+    fused, eager = (each * count * shape[0] * shape[1] * shape[2] for each in (fused, eager))
     return Work(
-        op="skip_linear",
-        detail="around its two products",
-        count=count,
-        fused_bytes=fused * elements,
-        eager_bytes=eager * elements,
+        op="skip_linear", detail="residual, around its products", count=count, fused_bytes=fused, eager_bytes=eager
     )
 
 
@@ -325,11 +321,17 @@ def _dit(config: DiTConfig, batch: int) -> Iterator[Work]:
     yield linear("time in, per image", 1, batch, TIME_FEATURES, D)
     yield linear("time out, per image", 1, batch, D, D)
     yield self_attention(config, batch, T, config.depth)
-    yield norms(config.depth + 1, shape, modulated=True)
-    yield norms(config.depth, shape, modulated=True, residual=True)
-    yield gradient_sums(config.depth, shape)
-    yield residuals(config.depth, shape, gated=True)
+    yield from _stream(config.depth, shape, modulated=True)
+    yield norms(1, shape, modulated=True)
     yield activation(config, rows)
+
+
+def _stream(count: int, shape: tuple[int, int, int], *, modulated: bool) -> Iterator[Work]:
+    """Of `count` blocks: two norms each, all but the first of which make the sum before them, and a sum at the end."""
+    yield norms(1, shape, modulated=modulated)
+    yield norms(2 * count - 1, shape, modulated=modulated, residual=True)
+    yield gradient_sums(1, shape)
+    yield residuals(1, shape, gated=modulated)
 
 
 def _uvit(config: UViTConfig, batch: int) -> Iterator[Work]:
@@ -347,10 +349,11 @@ def _uvit(config: UViTConfig, batch: int) -> Iterator[Work]:
     if config.mlp_time_embed:
         yield linear("time, per image", 1, batch, D, 8 * D)
     yield self_attention(config, batch, T, config.depth)
-    yield norms(config.depth + 1, shape, modulated=False)
-    yield norms(config.depth, shape, modulated=False, residual=True)
-    yield gradient_sums(config.depth, shape)
-    yield residuals(config.depth, shape, gated=False)
+    yield from _stream(config.depth - skips, shape, modulated=False)
+    # A block of the second half begins with the sum (in `joins`), and its first norm finds the skip's already made.
+    yield norms(skips + 1, shape, modulated=False)
+    yield norms(skips, shape, modulated=False, residual=True)
+    yield gradient_sums(skips, shape)
     yield activation(config, rows)
     yield joins(skips, shape)
 
@@ -361,10 +364,7 @@ def _rope_blocks(config: RopeConfig, batch: int, tokens: int, count: int, *, qk_
         yield linear(detail, count, rows, inputs, outputs)
     yield self_attention(config, batch, tokens, count)
     yield rotations(config, batch, tokens, count, normed=qk_norm)
-    yield norms(count, shape, modulated=True)
-    yield norms(count, shape, modulated=True, residual=True)
-    yield gradient_sums(count, shape)
-    yield residuals(count, shape, gated=True)
+    yield from _stream(count, shape, modulated=True)
     yield gates(config, rows, count)
 
 
@@ -382,9 +382,8 @@ def _rope(config: RopeConfig, batch: int, *, qk_norm: bool) -> Iterator[Work]:
 
 def _lightningdit(config: LightningDiTConfig, batch: int) -> Iterator[Work]:
     yield from _rope(config, batch, qk_norm=config.qk_norm)
-    yield linear(
-        "patches in", 1, batch * config.num_patches, config.input_shape[0] * config.patch_size**2, config.width
-    )
+    rows, patch = batch * config.num_patches, config.input_shape[0] * config.patch_size**2
+    yield linear("patches in", 1, rows, patch, config.width)
 
 
 def _jit(config: JiTConfig, batch: int) -> Iterator[Work]:

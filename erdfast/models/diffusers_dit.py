@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from erdfast.atomic import write_text
 from erdfast.models.dit import TIME_FEATURES, DiT, DiTBlock, DiTConfig
 from erdfast.models.layers import TimeFeatures, sincos_table
-from erdfast.ops.modulated_norm import gated_residual, modulated_norm, residual_norm
 from erdfast.tensor_files import replace_tensors, sync
 from erdfast.typed_json import inner_object, read_object
 
@@ -108,14 +107,7 @@ class DiffusersDiTBlock(DiTBlock):
 
     def __init__(self, config: DiffusersDiTConfig) -> None:
         super().__init__(config)
-        self.norm_eps = config.norm_eps
-
-    def forward(self, x_BLD: Tensor, condition_BD: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        branch_BLD = self.attn(modulated_norm(x_BLD, attn_shift, attn_scale))
-        x_BLD, normed_BLD = residual_norm(x_BLD, branch_BLD, attn_gate, mlp_shift, mlp_scale, eps=self.norm_eps)
-        return gated_residual(x_BLD, mlp_gate, self.mlp(normed_BLD))
+        self.norm2_eps = config.norm_eps
 
 
 class DiffusersDiT(DiT):

@@ -18,12 +18,15 @@ from erdfast.models.layers import (
     FixedTable,
     Mlp,
     PatchEmbed,
+    Stream,
     TimeFeatures,
+    joined,
+    modulated,
     sincos_table,
     unpatchify,
     xavier_uniform,
 )
-from erdfast.ops.modulated_norm import gated_residual, modulated_norm, residual_norm
+from erdfast.ops.modulated_norm import modulated_norm
 
 TIME_FEATURES = 256
 
@@ -165,6 +168,9 @@ class AdaLNTransformer(Backbone):
 class DiTBlock(nn.Module):
     """Attention and MLP, each with a modulated norm before and a gate behind (adaLN-Zero)."""
 
+    norm2_eps = 1e-6
+    """Of the norm before the MLP; that before attention has the op's."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.width
@@ -172,12 +178,13 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, config.mlp_width, approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BLD: Tensor, condition_BD: Tensor) -> Tensor:
+    def forward(self, stream: Stream, condition_BD: Tensor) -> Stream:
         modulation = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        branch_BLD = self.attn(modulated_norm(x_BLD, attn_shift, attn_scale))
-        x_BLD, normed_BLD = residual_norm(x_BLD, branch_BLD, attn_gate, mlp_shift, mlp_scale)
-        return gated_residual(x_BLD, mlp_gate, self.mlp(normed_BLD))
+        x_BLD, normed_BLD = modulated(stream, attn_shift, attn_scale)
+        stream = Stream(x_BLD, self.attn(normed_BLD), attn_gate)
+        x_BLD, normed_BLD = modulated(stream, mlp_shift, mlp_scale, eps=self.norm2_eps)
+        return Stream(x_BLD, self.mlp(normed_BLD), mlp_gate)
 
 
 class FinalLayer(nn.Module):
@@ -207,8 +214,8 @@ class DiT(AdaLNTransformer):
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C_out, H, W)."""
         self.check_inputs(x, time, y)
-        x_BLD = self.patches(x)
+        stream = Stream(self.patches(x))
         condition_BD, _ = self.conditions(time, y)
         for block in self.blocks:
-            x_BLD = block(x_BLD, condition_BD)
-        return self.image(x_BLD, condition_BD)
+            stream = block(stream, condition_BD)
+        return self.image(joined(stream), condition_BD)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from erdfast.models.backbone import Accounting
 from erdfast.models.dit import AdaLNTransformer
-from erdfast.models.layers import patch_tokens
+from erdfast.models.layers import Stream, joined, patch_tokens
 from erdfast.models.rope_layers import RopeBlock, RopeConfig, RopeFinalLayer, RopeTables
 from erdfast.ops.dropout import PLACES
 from erdfast.ops.source import NoiseKey
@@ -140,14 +140,15 @@ class JiT(AdaLNTransformer):
         """
         self.check_inputs(x, time, y)
         dropping = self._dropping(x, key)
-        x_BLD = self.patches(x)
+        stream = Stream(self.patches(x))
         condition_BD, label_BD = self.conditions(1 - time, y)
         rope = self.feat_rope()
         for i, block in enumerate(self.blocks):
             if label_BD is not None and self.context_tokens and i == self.context_start:
-                x_BLD, rope = self._with_context(x_BLD, label_BD), self.feat_rope_incontext()
-            x_BLD = block(x_BLD, condition_BD, rope, *dropping.get(i, ()))
-        return self.image(x_BLD[:, self.context_tokens :], condition_BD)
+                stream = Stream(self._with_context(joined(stream), label_BD))
+                rope = self.feat_rope_incontext()
+            stream = block(stream, condition_BD, rope, *dropping.get(i, ()))
+        return self.image(joined(stream)[:, self.context_tokens :], condition_BD)
 
     def _with_context(self, x_BLD: Tensor, label_BD: Tensor) -> Tensor:
         context = label_BD.unsqueeze(1) + self.in_context_posemb

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from erdfast.ops.attention import attention_qkv, check_attention_backend
 from erdfast.ops.gelu import gelu, linear_gelu
-from erdfast.ops.modulated_norm import modulated_norm, residual_norm
+from erdfast.ops.modulated_norm import gated_residual, modulated_norm, residual_norm
 from erdfast.ops.skip_linear import skip_linear
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -40,19 +40,42 @@ def plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     return type(module) is kind and "forward" not in module.__dict__ and not any(len(kept) for kept in hooks)
 
 
-def normed(norm: nn.Module, x_BLD: Tensor) -> Tensor:
-    """`norm(x)`."""
-    if not plain(norm, nn.LayerNorm):
-        return norm(x_BLD)
-    return modulated_norm(x_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+class Stream(NamedTuple):
+    """The residual stream r = x + gate * branch on its way to a norm, which is the first to need the sum.
+
+    A norm that makes it is one pass over memory, and one in backward; a sum that ends the block before, the norm, and
+    in backward the sum of their gradients are 16 bytes more for each number of the stream.
+    """
+
+    x_BLD: Tensor
+    branch_BLD: Tensor | None = None
+    """What attention or MLP made of the stream; None where x is all of it."""
+    gate_BD: Tensor | None = None
+    """None for 1."""
 
 
-def residual_normed(norm: nn.Module, x_BLD: Tensor, branch_BLD: Tensor) -> tuple[Tensor, Tensor]:
-    """(r, norm(r)) for r = x + branch."""
+def joined(stream: Stream) -> Tensor:
+    """r, where no norm follows."""
+    x_BLD, branch_BLD, gate_BD = stream
+    if branch_BLD is None:
+        return x_BLD
+    return x_BLD + branch_BLD if gate_BD is None else gated_residual(x_BLD, gate_BD, branch_BLD)
+
+
+def normed(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
+    """(r, norm(r)) for a stream without gate."""
     if not plain(norm, nn.LayerNorm):
-        x_BLD = x_BLD + branch_BLD
-        return x_BLD, norm(x_BLD)
-    return residual_norm(x_BLD, branch_BLD, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        r_BLD = joined(stream)
+        return r_BLD, norm(r_BLD)
+    return modulated(stream, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+
+
+def modulated(stream: Stream, *modulation: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """(r, norm(r) * (1 + scale) + shift); `modulation`: shift and scale (B, D); the options of `modulated_norm`."""
+    x_BLD, branch_BLD, gate_BD = stream
+    if branch_BLD is None:
+        return x_BLD, modulated_norm(x_BLD, *modulation, **options)
+    return residual_norm(x_BLD, branch_BLD, gate_BD, *modulation, **options)
 
 
 def join_skip(linear: nn.Module, x_BLD: Tensor, skip_BLD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from erdfast.models.backbone import Accounting
 from erdfast.models.dit import AdaLNTransformer
-from erdfast.models.layers import PatchEmbed
+from erdfast.models.layers import PatchEmbed, Stream, joined
 from erdfast.models.rope_layers import RopeBlock, RopeConfig, RopeFinalLayer, RopeTables
 
 
@@ -58,9 +58,9 @@ class LightningDiT(AdaLNTransformer):
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C, H, W)."""
         self.check_inputs(x, time, y)
-        x_BLD = self.patches(x)
+        stream = Stream(self.patches(x))
         condition_BD, _ = self.conditions(1 - time, y)
         rope = self.feat_rope()
         for block in self.blocks:
-            x_BLD = block(x_BLD, condition_BD, rope)
-        return self.image(x_BLD, condition_BD)
+            stream = block(stream, condition_BD, rope)
+        return self.image(joined(stream), condition_BD)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from erdfast.models.backbone import Accounting, TransformerConfig
 from erdfast.models.dit import TIME_FEATURES
-from erdfast.models.layers import Attention, FixedTable, plain
+from erdfast.models.layers import Attention, FixedTable, Stream, joined, modulated, plain
 from erdfast.ops.attention import attention
 from erdfast.ops.dropout import dropout
-from erdfast.ops.modulated_norm import gated_residual, modulated_norm, residual_norm
 from erdfast.ops.qk_norm_rope import Rope, qk_norm_rope, rope_tables
 from erdfast.ops.source import NoiseKey
 from erdfast.ops.swiglu import swiglu
@@ -156,22 +155,23 @@ class RopeBlock(nn.Module):
 
     def forward(
         self,
-        x_BLD: Tensor,
+        stream: Stream,
         condition_BD: Tensor,
         rope: Rope,
         key: NoiseKey | None = None,
         places: Tensor | None = None,
-    ) -> Tensor:
-        """(B, L, D) => (B, L, D); with `key`, numbers are dropped at `places`, (2,) int64 unlike any other block's."""
+    ) -> Stream:
+        """With `key`, numbers are dropped at `places`, (2,) int64 unlike any other block's."""
         modulation = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        branch_BLD = self.attn(_modulated(self.norm1, x_BLD, attn_shift, attn_scale), rope)
+        x_BLD, normed_BLD = _modulated(self.norm1, stream, attn_shift, attn_scale)
+        branch_BLD = self.attn(normed_BLD, rope)
         drop = None
         if key is not None and places is not None:
             branch_BLD = dropout(branch_BLD, self.dropout, key, places[0])
             drop = functools.partial(dropout, rate=self.dropout, key=key, place=places[1])
-        x_BLD, normed_BLD = _residual_modulated(self.norm2, x_BLD, branch_BLD, attn_gate, mlp_shift, mlp_scale)
-        return gated_residual(x_BLD, mlp_gate, self.mlp(normed_BLD, drop))
+        x_BLD, normed_BLD = _modulated(self.norm2, Stream(x_BLD, branch_BLD, attn_gate), mlp_shift, mlp_scale)
+        return Stream(x_BLD, self.mlp(normed_BLD, drop), mlp_gate)
 
 
 class RopeFinalLayer(nn.Module):
@@ -185,22 +185,12 @@ class RopeFinalLayer(nn.Module):
 
     def forward(self, x_BLD: Tensor, condition_BD: Tensor) -> Tensor:
         shift_BD, scale_BD = self.adaLN_modulation(condition_BD).chunk(2, dim=1)
-        return self.linear(_modulated(self.norm_final, x_BLD, shift_BD, scale_BD))
+        return self.linear(_modulated(self.norm_final, Stream(x_BLD), shift_BD, scale_BD)[1])
 
 
-def _modulated(norm: nn.Module, x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """`norm(x) * (1 + scale) + shift`."""
+def _modulated(norm: nn.Module, stream: Stream, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """(r, norm(r) * (1 + scale) + shift)."""
     if not plain(norm, nn.RMSNorm):
-        return norm(x_BLD) * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
-    return modulated_norm(x_BLD, shift_BD, scale_BD, weight=norm.weight, norm="rms", eps=EPS)
-
-
-def _residual_modulated(
-    norm: nn.Module, x_BLD: Tensor, branch_BLD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(r, norm(r) * (1 + scale) + shift) for r = x + gate * branch."""
-    if not plain(norm, nn.RMSNorm):
-        x_BLD = gated_residual(x_BLD, gate_BD, branch_BLD)
-        return x_BLD, _modulated(norm, x_BLD, shift_BD, scale_BD)
-    weights = {"weight": norm.weight, "norm": "rms", "eps": EPS}
-    return residual_norm(x_BLD, branch_BLD, gate_BD, shift_BD, scale_BD, **weights)
+        r_BLD = joined(stream)
+        return r_BLD, norm(r_BLD) * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+    return modulated(stream, shift_BD, scale_BD, weight=norm.weight, norm="rms", eps=EPS)

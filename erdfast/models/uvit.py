@@ -17,10 +17,11 @@ from erdfast.models.layers import (
     Attention,
     Mlp,
     PatchEmbed,
+    Stream,
     TimeFeatures,
     join_skip,
+    joined,
     normed,
-    residual_normed,
     unpatchify,
 )
 
@@ -91,13 +92,15 @@ class UViTBlock(nn.Module):
         self.mlp = Mlp(width, config.mlp_width, approximate="none")
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
-    def forward(self, x_BLD: Tensor, skip_BLD: Tensor | None = None) -> Tensor:
+    def forward(self, stream: Stream, skip_BLD: Tensor | None = None) -> tuple[Stream, Tensor | None]:
+        """(what goes on, the sum that came in): a block of the first half leaves the latter to its partner."""
         if self.skip_linear is not None:
             assert skip_BLD is not None
-            x_BLD = join_skip(self.skip_linear, x_BLD, skip_BLD)
-        branch_BLD = self.attn(normed(self.norm1, x_BLD))
-        x_BLD, normed_BLD = residual_normed(self.norm2, x_BLD, branch_BLD)
-        return x_BLD + self.mlp(normed_BLD)
+            stream = Stream(join_skip(self.skip_linear, joined(stream), skip_BLD))
+        x_BLD, normed_BLD = normed(self.norm1, stream)
+        entered_BLD = x_BLD if self.skip_linear is None else None
+        x_BLD, normed_BLD = normed(self.norm2, Stream(x_BLD, self.attn(normed_BLD)))
+        return Stream(x_BLD, self.mlp(normed_BLD)), entered_BLD
 
 
 class UViT(Backbone):
@@ -148,17 +151,16 @@ class UViT(Backbone):
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C, H, W)."""
         self.check_inputs(x, time, y)
-        x_BLD = self._tokens(x, time, y)
-        skips = []
-        for block in self.in_blocks:
-            x_BLD = block(x_BLD)
-            skips.append(x_BLD)
-        x_BLD = self.mid_block(x_BLD)
+        stream, entered = Stream(self._tokens(x, time, y)), []
+        for block in [*self.in_blocks, self.mid_block]:
+            stream, entered_BLD = block(stream)
+            entered.append(entered_BLD)
+        _, *skips = entered  # what comes into a block is what the one before put out
         for block in self.out_blocks:
-            x_BLD = block(x_BLD, skips.pop())
+            stream, _ = block(stream, skips.pop())
         # The norm acts on each token alone, so that the tokens that are not decoded need none.
-        patches = self.decoder_pred(normed(self.norm, x_BLD[:, self.extra_tokens :]))
-        return self.final_layer(unpatchify(patches, self.grid, self.patch_size))
+        _, normed_BLD = normed(self.norm, Stream(joined(stream)[:, self.extra_tokens :]))
+        return self.final_layer(unpatchify(self.decoder_pred(normed_BLD), self.grid, self.patch_size))
 
     def _tokens(self, x: Tensor, time: Tensor, y: Tensor | None) -> Tensor:
         """[label, time, patches] with their positions, (B, L, D), in the dtype of the weights."""

@@ -7,12 +7,14 @@ selective   matrix products and attention are kept, norms, activations and resid
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from erdfast.models import Backbone
+from erdfast.models.layers import Stream, joined
 
 MODES = ("none", "selective", "full")
 _KEPT = frozenset(
@@ -41,7 +43,20 @@ def apply_recompute(model: Backbone, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks_for_sharding():
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        # What is kept between blocks is the stream alone, not the last branch as well, of which it is a part.
+        forward = functools.partial(_summed_up, block.forward) if mode == "full" else block.forward
+        block.forward = functools.partial(checkpoint, forward, **options)
+
+
+def _summed_up(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """A block that ends with the sum that it would leave to the next norm."""
+    return _joined(forward(*args, **options))
+
+
+def _joined(result: Any) -> Any:
+    if isinstance(result, Stream):
+        return Stream(joined(result))
+    return tuple(map(_joined, result)) if isinstance(result, tuple) else result
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -9,7 +9,7 @@ import torch
 
 from erdfast.models import DiTConfig, JiTConfig, LightningDiTConfig, TransformerConfig, UViTConfig, config_from_dict
 from erdfast.models.dit import DiTBlock
-from erdfast.models.layers import TimeFeatures, patchify, sincos_table, unpatchify
+from erdfast.models.layers import Stream, TimeFeatures, joined, patchify, sincos_table, unpatchify
 from erdfast.models.rope_layers import RopeBlock
 from erdfast.models.uvit import UViTBlock
 from erdfast.presets import MODELS, build_model
@@ -115,7 +115,7 @@ def test_a_dit_starts_at_zero_with_identity_blocks(name):
     block = model.blocks_for_sharding()[0]
     tokens, condition = torch.randn(2, 16, 64), torch.randn(2, 64)
     rope = () if name == "dit_tiny" else (model.get_submodule("feat_rope")(),)
-    assert torch.equal(block(tokens, condition, *rope), tokens)
+    assert torch.equal(joined(block(Stream(tokens), condition, *rope)), tokens)
 
 
 @pytest.mark.parametrize("name", TINY)

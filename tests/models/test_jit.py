@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from erdfast.models import JiT
+from erdfast.models.layers import Stream, joined
 from erdfast.ops import NoiseKey
 from erdfast.presets import build_model
 from erdfast.training.recompute import apply_recompute
@@ -51,8 +52,9 @@ def test_the_mean_over_masks_is_what_a_block_does_without() -> None:
     x, time, y = inputs_for(model, batch=1)
     tokens, (condition, _) = model.patches(x), model.conditions(1 - time, y)
     rope, key, many = model.feat_rope(), NoiseKey(0, 0, torch.arange(512)), 512
-    usual = block(tokens, condition, rope)
-    dropped = block(tokens.expand(many, -1, -1), condition.expand(many, -1), rope, key, torch.arange(2))
+    usual = joined(block(Stream(tokens), condition, rope))
+    repeated = Stream(tokens.expand(many, -1, -1)), condition.expand(many, -1)
+    dropped = joined(block(*repeated, rope, key, torch.arange(2)))
     one, mean = dropped[0] - usual[0], dropped.mean(0) - usual[0]
     assert one.norm() > 0.1 * (usual - tokens).norm()
     assert mean.norm() == pytest.approx(float(one.norm()) / many**0.5, rel=0.3)
@@ -102,7 +104,7 @@ def test_the_labels_tokens_come_late_and_unturned() -> None:
     model = randomised(build_model("jit_tiny", context_start=2)).eval()
     lengths = []
     for block in model.blocks_for_sharding():
-        block.register_forward_hook(lambda _module, args, out: lengths.append((out.shape[1], args[2][0].shape[0])))
+        block.register_forward_hook(lambda _module, args, out: lengths.append((out.x_BLD.shape[1], len(args[2][0]))))
     model(*inputs_for(model))
     assert lengths == [(16, 16), (16, 16), (20, 20), (20, 20)]
     cos, sin = model.get_submodule("feat_rope_incontext")()

@@ -55,17 +55,18 @@ def train(run: Path, compile: str, **options: Any) -> Trainer:
 @pytest.mark.parametrize(
     ("options", "graphs"),
     [
-        # What precedes the network; blocks without and with a long skip.
-        ({"model": "uvit_tiny", "compile": "block"}, 3),
-        ({"model": "dit_tiny", "compile": "block"}, 2),
+        # What precedes the network; the first block, which has no sum to make; blocks without and with a long skip.
+        ({"model": "uvit_tiny", "compile": "block"}, 4),
+        ({"model": "dit_tiny", "compile": "block"}, 3),
         ({"model": "uvit_tiny", "compile": "full"}, 1),
         # Blocks before and behind the label's tokens; of those behind them, some that drop numbers.
-        ({"model": "lightningdit_tiny", "compile": "block"}, 2),
-        ({"model": "jit_dropping", "compile": "block", "recompute": "selective"}, 4),
+        ({"model": "lightningdit_tiny", "compile": "block"}, 3),
+        ({"model": "jit_dropping", "compile": "block", "recompute": "selective"}, 5),
         # A part of the batch is a part: where it lies in the batch is a tensor.
-        ({"model": "uvit_tiny", "compile": "block", "accumulation": 2}, 3),
+        ({"model": "uvit_tiny", "compile": "block", "accumulation": 2}, 4),
         ({"model": "dit_tiny", "compile": "full", "accumulation": 2, "target": "k", "schedule": "flow"}, 1),
-        # Blocks that are computed again in backward; several averages, whose decays change; updates that are judged.
+        # Blocks that are computed again in backward, and make their sums themselves; several averages, whose decays
+        # change; updates that are judged.
         ({"model": "uvit_tiny", "compile": "block", "recompute": "full", "ema_std": (0.05, 0.1)}, 3),
         ({"model": "dit_tiny", "compile": "full", "recompute": "selective", "on_nonfinite": "skip"}, 1),
     ],
