@@ -6,9 +6,12 @@ So what is stopped goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,24 +38,35 @@ class Cell(Protocol):
 
 
 AnyCell = TypeVar("AnyCell", bound=Cell)
+Check = Callable[[dict[str, Any]], object]
+"""Raises LookupError, TypeError, ValueError or ArithmeticError where a result lacks what its report needs."""
 
 
 def run_missing(
-    run_cell: Callable[[AnyCell], dict[str, Any]], cells: Sequence[AnyCell], folder: Path, workers: int
+    run_cell: Callable[[AnyCell], dict[str, Any]],
+    cells: Sequence[AnyCell],
+    folder: Path,
+    workers: int,
+    check: Check | None = None,
 ) -> int:
     """Run the cells that have no file yet, each in a process of one thread; returns how many there were.
+
+    A file that is damaged or of other settings is put aside under another name, which is said.
 
     Args:
         run_cell: of a module, not a closure; gives the cell's own fields and what was measured.
         cells: in the order in which they are run.
         folder: of their files.
         workers: processes at a time.
+        check: of results; see `read_cell`.
 
     Raises:
         OSError: a result cannot be written, or a process was killed; what is done is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in cells if read_cell(folder, cell) is None]
+    missing = [cell for cell in cells if read_cell(folder, cell, check) is None]
+    for cell in missing:
+        _put_aside(folder / f"{cell.name}.json")
     context = multiprocessing.get_context("spawn")  # threads of this process would not survive a fork
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         jobs = [pool.submit(_run_and_write, run_cell, cell, folder) for cell in missing]
@@ -63,12 +77,30 @@ def run_missing(
             reason = "a process that trained a cell was killed, for want of memory perhaps; what is done is kept in"
             raise ChildProcessError(f"{reason} {folder}: start again, with fewer workers") from error
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            _end(pool)
+            print(f"stopped; what is done is kept in {folder}", file=sys.stderr)
             raise
     return len(missing)
 
 
+def _put_aside(path: Path) -> None:
+    """Somebody may want to know what it was."""
+    if path.exists():
+        other = next(o for n in itertools.count(1) if not (o := path.with_name(f"{path.name}.unusable{n}")).exists())
+        path.rename(other)
+        print(f"{path} is damaged or of other settings: it is now {other.name}, and is made anew", file=sys.stderr)
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """Now: a cell takes minutes, and one that is written is written whole."""
+    workers = list((pool._processes or {}).values())  # a name of Python's own: there is none for others before 3.14
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in workers:
+        process.terminate()
+
+
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -104,12 +136,20 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def read_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result of a cell; None if there is none, or one of other settings."""
+def read_cell(folder: Path, cell: Cell, check: Check | None = None) -> dict[str, Any] | None:
+    """The result of a cell; None if there is none, or one of other settings, or one that does not pass the check."""
     try:
         found = json.loads((folder / f"{cell.name}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        if not is_of(found, cell):
+            return None
+        if check is not None:
+            check(found)
+    except (FileNotFoundError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return None
+    return found
+
+
+def is_of(found: Any, cell: Cell) -> bool:
+    """Whether a result is one of these settings."""
     wanted = rounded(dataclasses.asdict(cell))
-    same = isinstance(found, dict) and all(found.get(name) == value for name, value in wanted.items())
-    return found if same else None
+    return isinstance(found, dict) and all(found.get(name) == value for name, value in wanted.items())

@@ -17,7 +17,7 @@ from erdfast.cells import read_cell, run_missing
 
 from . import toy_figures
 from .report import Report, write_json
-from .toy_cells import ToyCell, run_cell
+from .toy_cells import ToyCell, check_result, run_cell
 from .toy_data import PROCESSES, TARGETS
 from .toy_findings import Trained, claims_table, gather, judge, rank_correlation, short, summary_table
 from .toy_measures import BINS, GRAM_TIMES, LEVELS
@@ -67,8 +67,8 @@ def diagnose_mixture(options: Mixture, about: Mapping[str, Any]) -> None:
     """
     cells = planned_cells(options)
     folder = options.out / "cells"
-    run_missing(run_cell, cells, folder, options.workers)
-    found = [read_cell(folder, cell) for cell in cells]
+    run_missing(run_cell, cells, folder, options.workers, check_result)
+    found = [read_cell(folder, cell, check_result) for cell in cells]
     page = write_page([cell for cell in found if cell is not None], options.out, about)
     print(f"written: {page}")
 

@@ -72,3 +72,10 @@ def run_cell(cell: ToyCell) -> dict[str, Any]:
         points = (cell.kernel_per_mode, cell.seed, cell.gram_per_mode)
         found["kernels"] = toy_measures.kernels(network, start, task, *points)
     return found
+
+
+def check_result(found: dict[str, Any]) -> None:
+    """Raise KeyError where something that is drawn is missing."""
+    parts = ("floors", "phases", "features", "predictions", "kernels") if found["part"] is None else ("early_errors",)
+    for name in ("errors", *parts):
+        found[name]

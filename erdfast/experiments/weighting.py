@@ -3,12 +3,15 @@
 Mixtures of 40 modes have a closed-form posterior: how far a network is from the best prediction is exact at every noise
 level, and so is the distribution that samples are compared with. A small DiT and a small U-ViT are trained on them with
 each weighting, target and several seeds; and a DiT on the digits. Every cell is a file of its own in DIR/cells, so
-that a run that is stopped goes on where it was; results.json, weighting*.png and weighting.md sum them up.
+that a run that is stopped goes on where it was; results.json, weighting*.png and weighting.md sum them up. results.json
+holds all that the cells do: without DIR/cells they are taken from there, so that a copy of it is enough for a report.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -17,10 +20,11 @@ from typing import Any, Literal
 
 from erdfast import cli
 from erdfast.atomic import write_text
-from erdfast.cells import read_cell, run_missing
+from erdfast.cells import is_of, read_cell, run_missing
 from erdfast.training.run_directory import describe_environment
 
 from .weighting_cells import IN_PAPER, TARGETS, USUAL, WEIGHTINGS, Cell, run_cell
+from .weighting_statistics import check_result
 
 STD = 0.4
 """Spread within a mode, if not varied."""
@@ -62,7 +66,7 @@ class WeightingConfig:
     workers: int = 2
     """Processes, of one thread each; they share a GPU."""
     only_report: bool = False
-    """Train nothing: sum up the cells that are there."""
+    """Train nothing: sum up what is in the folder's cells, or in its results.json."""
 
     def validate(self) -> None:
         """Raise ValueError for options out of range or that do not go together."""
@@ -78,13 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = cli.parse(WeightingConfig, argv, program="erdfast.experiments.weighting")
     config.validate()
-    cells = list(planned_cells(config.scale, quick=config.quick))
+    cells, folder = list(planned_cells(config.scale, quick=config.quick)), config.out / "cells"
+    restore(cells, config.out)
     if not config.only_report:
-        run_missing(run_cell, cells, config.out / "cells", config.workers)
-    found = [result for cell in cells if (result := read_cell(config.out / "cells", cell)) is not None]
+        run_missing(run_cell, cells, folder, config.workers, check_result)
+    found = [result for cell in cells if (result := read_cell(folder, cell, check_result)) is not None]
+    unusable = sum((folder / f"{cell.name}.json").exists() for cell in cells) - len(found)
+    if unusable:
+        print(f"{folder}: {unusable} files are damaged or of other settings, and left out", file=sys.stderr)
     found, diverged = [c for c in found if c["curve"]], [c for c in found if not c["curve"]]
     if not found:
-        raise ValueError(f"{config.out / 'cells'} holds no cell of this experiment: leave --only-report out")
+        reason = "every network has diverged" if diverged else "leave --only-report out"
+        raise ValueError(f"{folder} holds no cell of this experiment to be summed up: {reason}")
     extra = " --quick" if config.quick else "" if config.scale == "cpu" else f" --scale {config.scale}"
     command = f"python -m erdfast.experiments.weighting --out {config.out}{extra}"
     results = {
@@ -98,6 +107,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = write_report(results, config.out)
     print(f"written: {config.out}/results.json, {', '.join(names)}")
     return 0
+
+
+def restore(cells: Sequence[Cell], out: Path) -> None:
+    """Make the files of cells that results.json alone holds.
+
+    Raises:
+        ValueError: results.json is damaged, or holds cells of another plan, which a new report would not.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        return
+    try:
+        recorded = {_cell_name(result): result for result in json.loads(path.read_text())["cells"]}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): move it away") from None
+    ours = {cell.name: cell for cell in cells}
+    others = [name for name, result in recorded.items() if name not in ours or not is_of(result, ours[name])]
+    if others:
+        raise ValueError(f"{path} sums up another plan ({others[0]}, ...), and would be lost: choose another --out")
+    for name, result in recorded.items():
+        if not (out / "cells" / f"{name}.json").exists():
+            write_text(out / "cells" / f"{name}.json", json.dumps(result) + "\n")
+
+
+def _cell_name(result: dict[str, Any]) -> str:
+    return Cell(**{field.name: result[field.name] for field in dataclasses.fields(Cell)}).name
 
 
 def planned_cells(scale: str, *, quick: bool = False) -> Iterator[Cell]:

@@ -172,12 +172,19 @@ def _own_space(target: str, logsnr: float) -> float:
 
 
 def _pairs(cells: Sequence[Result], first: Sequence[str], second: str) -> str:
-    parts = [part for name in first if (part := _pair(cells, name, second))]
+    """Each of `first` over `second`, in the runs that have all of them (if there are such)."""
+    shared = [
+        cell
+        for _, own in _groups(cells)
+        for cell in own
+        if cell["seed"] in common_seeds(own, (*first, second)) and cell["weighting"] in (*first, second)
+    ]
+    parts = [part for name in first if (part := _pair(shared or cells, name, second))]
     return ". ".join(parts) or "not trained"
 
 
 def _pair(cells: Sequence[Result], first: str, second: str) -> str:
-    """One weighting over another: excess and Frechet distance, geometric means over all runs and over each target's."""
+    """Excess and Frechet distance: geometric means over runs, from the least to the largest, target by target."""
     parts = []
     for name, measure, own_cells in (
         ("excess", final_excess, [cell for cell in cells if cell["data"] != "digits"]),
@@ -186,12 +193,16 @@ def _pair(cells: Sequence[Result], first: str, second: str) -> str:
         by_target: dict[str, list[float]] = {}
         for target, own in _groups(own_cells):
             by_target.setdefault(target, []).extend(_log_ratios(own, first, second, measure))
-        logs = [x for found in by_target.values() for x in found]
-        if logs:
-            lower = sum(x < 0 for x in logs)
-            each = ", ".join(f"{t} {math.exp(mean(by_target[t])):.2f}" for t in TARGETS if by_target.get(t))
-            parts.append(f"{name} times {math.exp(mean(logs)):.2f} ({each}), lower in {lower} of {len(logs)} runs")
+        each = [f"{target} {_with_range(by_target[target])}" for target in TARGETS if by_target.get(target)]
+        if each:
+            logs = [x for found in by_target.values() for x in found]
+            parts.append(f"{name} times {', '.join(each)}, lower in {sum(x < 0 for x in logs)} of {len(logs)} runs")
     return f"{first} against {second}: " + "; ".join(parts) if parts else ""
+
+
+def _with_range(logs: Sequence[float]) -> str:
+    """1.23 (0.9 to 1.6)"""
+    return f"{math.exp(mean(logs)):.2f} ({math.exp(min(logs)):.2g} to {math.exp(max(logs)):.3g})"
 
 
 def _log_ratios(cells: Sequence[Result], first: str, second: str, measure: Measure) -> list[float]:

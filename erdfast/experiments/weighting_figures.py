@@ -71,8 +71,8 @@ def draw_excess(cells: Sequence[Result], path: Path) -> None:
     figure = new_figure(4.9 * len(targets) + 0.6, 8.0)
     counts = [len(select(own, target=target, weighting=w)) for target in targets for w in STYLES]
     seeds = " to ".join(str(n) for n in sorted({min(n for n in counts if n), max(counts)}))
-    title = f"Distance from the best possible prediction, {title_of(study)}, geometric mean over seeds ({seeds})"
-    figure.suptitle(title, fontsize=13)
+    about = f"{title_of(study)},{_or_line(targets)}geometric mean over seeds ({seeds})"
+    figure.suptitle(f"Distance from the best possible prediction,{_or_line(targets)}{about}", fontsize=13)
     grid = figure.subplots(2, len(targets), squeeze=False, sharex=True, sharey="row")
     for (above, below), target in zip(grid.T, targets, strict=True):
         chosen = select(own, target=target)
@@ -118,11 +118,14 @@ def draw_samples(cells: Sequence[Result], path: Path) -> None:
     if mixtures:
         panels.append(("mean excess / that of constant", lambda cell: excess_in(last(cell), "all"), mixtures))
     panels.append(("Frechet distance / that of constant", final_frechet, studies(cells)))
-    figure = new_figure(15.5, 3.6 * len(panels) + 0.8)
-    figure.suptitle("Each weighting against none (bars: one standard deviation over seeds)", fontsize=13)
-    grid = figure.subplots(len(panels), len(TARGETS), squeeze=False)  # eps alone has weightings that are far off
+    targets = _trained(cells)
+    figure = new_figure(4.9 * len(targets) + 0.8, 3.6 * len(panels) + 0.8)
+    figure.suptitle(
+        f"Each weighting against none{_or_line(targets)}(bars: one standard deviation over seeds)", fontsize=13
+    )
+    grid = figure.subplots(len(panels), len(targets), squeeze=False)  # eps alone has weightings that are far off
     for row, (label, measure, shown) in zip(grid, panels, strict=True):
-        for axes, target in zip(row, TARGETS, strict=True):
+        for axes, target in zip(row, targets, strict=True):
             _draw_ratios(axes, [(s, select(of_study(cells, s), target=target)) for s in shown], measure)
             axes.set_title(f"{target} prediction", loc="left", fontsize=11)
         row[0].set_ylabel(label)
@@ -148,7 +151,7 @@ def _draw_ratios(
             axes.errorbar([x for x, _ in points], y, yerr=bars, fmt=marker, **style)
     axes.axhline(1.0, color=BLACK, linewidth=1.0, label="constant")
     for at in range(1, len(groups)):
-        axes.axvline(at - 0.5, color="#DDDDDD", linewidth=0.8)
+        axes.axvline(at - 0.5, color="#DDDDDD", linewidth=0.8, zorder=0.5)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks(range(len(groups)), [_tick_of(s) for s, _ in groups], fontsize=7.5)
     axes.set_yscale("log")
@@ -159,15 +162,21 @@ def _draw_ratios(
 
 def draw_training(cells: Sequence[Result], path: Path) -> None:
     """Frechet distance against training steps: a row for each study, a column for each target."""
-    shown = studies(cells)
-    figure = new_figure(14.5, 2.9 * len(shown) + 0.9)
-    figure.suptitle("Frechet distance of samples along the training, geometric mean over seeds", fontsize=13)
-    grid = figure.subplots(len(shown), len(TARGETS), squeeze=False)
+    shown, targets = studies(cells), _trained(cells)
+    figure = new_figure(4.6 * len(targets) + 0.7, 2.9 * len(shown) + 0.9)
+    figure.suptitle(
+        f"Frechet distance of samples along the training,{_or_line(targets)}geometric mean over seeds", fontsize=13
+    )
+    grid = figure.subplots(len(shown), len(targets), squeeze=False)
     for row, study in zip(grid, shown, strict=True):
-        for axes, target in zip(row, TARGETS, strict=True):
+        for axes, target in zip(row, targets, strict=True):
             own = select(of_study(cells, study), target=target)
-            _draw_curves(axes, own)
-            axes.set_title(f"{target}: {title_of(study)}", loc="left", fontsize=10)
+            if own:
+                _draw_curves(axes, own)
+            else:
+                axes.set_axis_off()
+            halves = "; dotted: one half of them for the other" if study[0] == "digits" else ""
+            axes.set_title(f"{target}: {title_of(study)}{halves}", loc="left", fontsize=10)
         row[0].set_ylabel("Frechet distance")
     for axes in grid[-1]:
         axes.set_xlabel("training step")
@@ -184,14 +193,23 @@ def _draw_curves(axes: Axes, cells: Sequence[Result]) -> None:
             values = np.exp(np.mean(logs, axis=0))
             style = {"linewidth": 1.7, "marker": marker, "markersize": 4.5, "label": name_of(weighting)}
             axes.plot(steps, values, line, color=color, **style)
-    if cells:
-        best = float(np.mean([last(cell)["samples"]["perfect"]["frechet"] for cell in cells]))
-        axes.axhline(best, color=GREY, linewidth=1.2, linestyle=(0, (1, 1)), label="perfect samples")
+    best = float(np.mean([last(cell)["samples"]["perfect"]["frechet"] for cell in cells]))
+    axes.axhline(best, color=GREY, linewidth=1.2, linestyle=(0, (1, 1)), label="perfect samples")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 100 * low:
         _plain_ratios(axes)
     tidy(axes)
+
+
+def _trained(cells: Sequence[Result]) -> list[str]:
+    """Targets."""
+    return [target for target in TARGETS if select(cells, target=target)]
+
+
+def _or_line(targets: Sequence[str]) -> str:
+    """What parts a title that a single panel is too narrow for."""
+    return " " if len(targets) > 1 else "\n"
 
 
 def name_of(weighting: str) -> str:
@@ -213,16 +231,17 @@ def _tick_of(study: tuple[str, str, float]) -> str:
 
 def _plain_ratios(axes: Axes) -> None:
     """0.5 and 2 instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.get_ylim()
     subs = (1.0, 2.0, 3.0, 5.0, 7.0) if high < 100.0 * low else (1.0, 3.0)  # as many as find room
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs) if high > 2.5 * low else MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
-    """One legend for all panels, below them."""
+    """One legend for all panels, below them, in as many columns as find room."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9.5)
+    columns = min(len(labels), max(2, int(figure.get_figwidth() / 1.6)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)

@@ -81,8 +81,9 @@ def render(results: dict[str, Any], figures: Sequence[str] = ()) -> str:
     where = results["environment"]
     parts = [
         "# What a loss weighting changes\n",
-        f"`{where['command']}`: {len(cells)} of {results['planned']} trainings; erdfast {where['erdfast']}, torch "
-        f"{where['torch']}, {where['device']}, {results['date']}, commit `{where['commit']}`."
+        f"`{where['command']}`: {len(cells)} of {results['planned']} trainings; summed up by "
+        f"erdfast {where['erdfast']}, torch {where['torch']}, {where['device']}, {results['date']}, "
+        f"commit `{where['commit']}`."
         + (f" Diverged, and left out: {', '.join(results['diverged'])}." if results.get("diverged") else "")
         + "\n",
         EXPLAINED,

@@ -39,6 +39,20 @@ class Ratio(NamedTuple):
     """Seeds."""
 
 
+def check_result(cell: Result) -> None:
+    """Raise LookupError, TypeError, ValueError or ArithmeticError where a number that is compared is missing or odd."""
+    for point in cell["curve"]:
+        values = [point["step"], sample_value(point, "frechet")]
+        if cell["data"] != "digits":
+            values += relative_excess(point)
+            math.fsum(point["logsnr"])
+        if not all(0 < value < math.inf for value in values):
+            raise ValueError("distances, excesses and steps must be positive and finite")
+    if cell["curve"]:
+        math.fsum(number for measures in last(cell)["samples"].values() for number in measures.values())
+        math.log(last(cell)["samples"]["perfect"]["frechet"])
+
+
 def studies(cells: Iterable[Result]) -> list[tuple[str, str, float]]:
     """(data, network, std) in the order in which they come."""
     return list(dict.fromkeys((cell["data"], cell["network"], cell["std"]) for cell in cells))

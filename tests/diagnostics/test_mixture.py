@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from erdfast import diagnose
-from erdfast.cells import read_cell, rounded
+from erdfast.cells import Check, read_cell, rounded
 from erdfast.diagnostics import mixture, toy_cells, toy_findings
 from erdfast.diagnostics.mixture import SECTIONS, Mixture, diagnose_mixture, planned_cells
 from erdfast.diagnostics.toy_findings import CLAIMS
@@ -24,10 +24,12 @@ def one_thread():
         yield
 
 
-def run_here(run_cell: Callable[..., dict[str, Any]], cells: Sequence[Any], folder: Path, workers: int) -> int:
+def run_here(
+    run_cell: Callable[..., dict[str, Any]], cells: Sequence[Any], folder: Path, workers: int, check: Check
+) -> int:
     """In place of processes, which would take longer to start than all trainings take."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in cells if read_cell(folder, cell) is None]
+    missing = [cell for cell in cells if read_cell(folder, cell, check) is None]
     for cell in missing:
         (folder / f"{cell.name}.json").write_text(json.dumps(rounded(run_cell(cell))))
     return len(missing)

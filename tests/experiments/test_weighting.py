@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from erdfast.cells import read_cell
 from erdfast.data import GaussianMixture
 from erdfast.diagnostics.toy_findings import rank_correlation
 from erdfast.evaluation.mixture import KnownMixture
@@ -31,6 +33,7 @@ from erdfast.experiments.weighting_claims import claims
 from erdfast.experiments.weighting_report import allocation_table, format_ratio, ratio_table, render, write_report
 from erdfast.experiments.weighting_statistics import (
     Ratio,
+    check_result,
     excess_in,
     final_frechet,
     ranking,
@@ -231,10 +234,21 @@ def test_claims_tell_what_was_seen():
     assert f"eps: excess at high noise times {math.exp(-0.55):.2f}" in elsewhere
     assert f"at low noise, from where weight was taken, times {math.exp(0.55):.2f}" in elsewhere
     logsnr = next(text for claim, text in seen.items() if claim.startswith("What counts"))
-    assert "erd_logsnr against erd: excess times 1.00" in logsnr
+    assert "erd_logsnr against erd: excess times eps 1.00 (" in logsnr
     assert ". erd_logsnr_sampled against erd: " in logsnr
     pair = next(text for claim, text in seen.items() if claim.startswith("Drawing times"))
-    assert pair.startswith("erd_sampled against erd: excess times 1.00")
+    assert pair.startswith("erd_sampled against erd: excess times eps 1.00 (1 to 1), x0 1.00 (1 to 1), v 1.00 (1 to 1)")
+
+
+def test_pairs_are_of_the_runs_that_have_all_and_show_their_range():
+    cells = [made_up(lambda _: 1.0, 10.0, weighting="erd", seed=seed) for seed in (0, 1, 2)]
+    cells += [made_up(lambda _: 1.0, 10.0 * seed + 5.0, weighting="erd_logsnr", seed=seed) for seed in (0, 1, 2)]
+    text = claims(cells)[6][2]
+    assert "Frechet distance times eps 1.23 (0.5 to 2.5), lower in 1 of 3 runs" in text  # (0.5 * 1.5 * 2.5)^(1/3)
+    cells += [made_up(lambda _: 1.0, 80.0, weighting="erd_logsnr_sampled", seed=seed) for seed in (1, 2)]
+    text = claims(cells)[6][2]
+    assert "Frechet distance times eps 1.94 (1.5 to 2.5), lower in 0 of 2 runs. erd_logsnr_sampled" in text
+    assert text.endswith("Frechet distance times eps 8.00 (8 to 8), lower in 0 of 2 runs")
 
 
 def test_a_network_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):
@@ -292,6 +306,19 @@ def test_the_report_of_an_unfinished_experiment(tmp_path):
     assert "excess" not in render(results | {"cells": only_digits}).split("## digits")[1]
 
 
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Cell]]:
+    """A folder with the cells of a plan, and its report."""
+    cells = [cell(weighting=name, samples=10) for name in ("constant", "erd")]
+    monkeypatch.setattr(weighting, "planned_cells", lambda scale, quick: iter(cells))
+    (tmp_path / "cells").mkdir()
+    for settings in cells:
+        found = made_up(lambda _: 1.0, 2.0, weighting=settings.weighting, samples=10)
+        (tmp_path / "cells" / f"{settings.name}.json").write_text(json.dumps(found))
+    assert weighting.main(["--out", str(tmp_path), "--only-report"]) == 0
+    return tmp_path, cells
+
+
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     cells = [cell(weighting=name, samples=10) for name in ("constant", "erd")]
     monkeypatch.setattr(weighting, "planned_cells", lambda scale, quick: iter(cells))
@@ -301,13 +328,64 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert [found["weighting"] for found in results["cells"]] == ["constant", "erd"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", results["date"])
     before = mtimes(tmp_path / "cells")
-    (tmp_path / "cells" / f"{cells[1].name}.json").unlink()
+    for path in (tmp_path / "results.json", tmp_path / "cells" / f"{cells[1].name}.json"):
+        path.unlink()
     assert weighting.main(["--out", str(tmp_path), "--only-report"]) == 0
     assert len(json.loads((tmp_path / "results.json").read_text())["cells"]) == 1
     assert weighting.main(["--out", str(tmp_path), "--workers", "1"]) == 0  # trains what is missing, and that alone
     after = mtimes(tmp_path / "cells")
     assert after[f"{cells[0].name}.json"] == before[f"{cells[0].name}.json"]
     assert after.keys() == before.keys()
+
+
+def test_a_report_is_made_again_from_the_results_alone(trained):
+    folder, cells = trained
+    first = json.loads((folder / "results.json").read_text())
+    shutil.rmtree(folder / "cells")
+    assert weighting.main(["--out", str(folder), "--only-report"]) == 0
+    assert json.loads((folder / "results.json").read_text())["cells"] == first["cells"]
+    (folder / "cells" / f"{cells[0].name}.json").unlink()  # and what is lost there comes back
+    assert weighting.main(["--out", str(folder), "--only-report"]) == 0
+    assert json.loads((folder / "results.json").read_text())["cells"] == first["cells"]
+
+
+def test_results_of_another_plan_are_not_replaced(trained, monkeypatch):
+    folder, cells = trained
+    before = (folder / "results.json").read_bytes()
+    for other in ([cells[0]], [dataclasses.replace(c, samples=11) for c in cells], [cell(seed=5)]):
+        monkeypatch.setattr(weighting, "planned_cells", lambda scale, quick, other=other: iter(other))
+        with pytest.raises(ValueError, match=r"results\.json sums up another plan .*: choose another --out"):
+            weighting.main(["--out", str(folder), "--only-report"])
+    assert (folder / "results.json").read_bytes() == before
+    for text in ("{", "[]", '{"cells": [1]}', '{"cells": [{}]}', "[" * 100_000):
+        (folder / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=r"results\.json is damaged \(.*\): move it away"):
+            weighting.main(["--out", str(folder), "--only-report"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found.pop("curve"),
+        lambda found: found["curve"][0].pop("samples"),
+        lambda found: found["curve"][-1]["samples"]["9"].update(frechet=0.0),
+        lambda found: found["curve"][-1]["samples"]["9"].update(recognised="many"),
+        lambda found: found["curve"][-1]["samples"].pop("perfect"),
+        lambda found: found["curve"][0]["v_excess"].__setitem__(0, float("nan")),
+        lambda found: found["curve"][0].update(v_floor=[1.0]),
+    ],
+)
+def test_a_cell_that_lacks_something_is_left_out_and_named_and_trained_again(trained, damage, capsys):
+    folder, cells = trained
+    (folder / "results.json").unlink()
+    path = folder / "cells" / f"{cells[1].name}.json"
+    found = json.loads(path.read_text())
+    damage(found)
+    path.write_text(json.dumps(found))
+    assert weighting.main(["--out", str(folder), "--only-report"]) == 0
+    assert "1 files are damaged or of other settings, and left out" in capsys.readouterr().err
+    assert len(json.loads((folder / "results.json").read_text())["cells"]) == 1
+    assert read_cell(folder / "cells", cells[1], check_result) is None
 
 
 def mtimes(folder: Path) -> dict[str, int]:
