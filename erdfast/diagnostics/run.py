@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from erdfast.data import GaussianMixture
 from erdfast.data.dataset import format_shape
-from erdfast.figure_style import new_figure
 from erdfast.training.parallel import World
 from erdfast.training.progress import progress_bar
 
@@ -21,6 +19,7 @@ from .allocation import allocate
 from .features import TOKENS_PER_IMAGE
 from .gradients import cosines, group_sizes, measure_gradients, whole_gradient
 from .noise_level_losses import measure_levels
+from .page import prepare_page
 from .report import Report
 from .run_figures import Measured, differ, draw_allocation, draw_cosines, draw_gradients, draw_losses, draw_ranks
 from .subject import Levels, Subject, draw_images, levels_of, shared_logsnr
@@ -65,8 +64,7 @@ def diagnose_runs(subjects: Sequence[Subject], settings: Settings, out: Path, ab
     for subject, each in zip(subjects, levels, strict=True):
         if len(each.logsnr) < 2:
             raise ValueError(f"{subject.name} has one noise level between {logsnr[0]:.2f} and {logsnr[-1]:.2f} alone")
-    _make_folder(out)
-    new_figure(1.0, 1.0)  # what is missing is missed before the work
+    prepare_page(out)
     total = 2 * sum(len(each.logsnr) for each in levels)
     with progress_bar(World(device=first.device), total=total, unit="level", desc="noise levels") as bar:
         runs = [_measure(subject, at, settings, bar) for subject, at in zip(subjects, levels, strict=True)]
@@ -74,16 +72,6 @@ def diagnose_runs(subjects: Sequence[Subject], settings: Settings, out: Path, ab
     report = Report(out, "Trained networks by noise level", about)
     _write(report, runs, settings)
     return report.close()
-
-
-def _make_folder(out: Path) -> None:
-    """An impossible folder is noticed before the work, not after it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
 
 def _measure(subject: Subject, levels: Levels, settings: Settings, bar: tqdm) -> Measured:
@@ -100,7 +88,8 @@ def _measure(subject: Subject, levels: Levels, settings: Settings, bar: tqdm) ->
 
 def _write(report: Report, runs: Sequence[Measured], settings: Settings) -> None:
     report.heading("Runs", _about_levels(runs, settings))
-    report.table(summary_table(runs), _SUMMARY)
+    rows = summary_table(runs)
+    report.table(rows, summary_caption(rows))
     report.heading(
         "Loss by noise level",
         "The mean squared error of the network's own target, not weighed, at single noise levels. Bars are standard "
@@ -126,6 +115,11 @@ def _write(report: Report, runs: Sequence[Measured], settings: Settings) -> None
 _SUMMARY = (
     "Errors are means over the times that the run itself draws: where runs draw other times, these do not compare, and "
     "the figures do. Weighted error: of w times the error. M and the noise scale are explained below."
+)
+LOST = "lost in noise"
+_LOST_EXPLAINED = (
+    f"A noise scale is {LOST} if the squared norm of the whole gradient, corrected for noise, is not above 0: more "
+    "--grad-samples, without --quick, may bring it out."
 )
 _FLOOR = (
     "Dotted: the Bayes floor, the error of the best possible prediction E[y | x_t], which is known for this mixture "
@@ -210,6 +204,11 @@ def summary_table(runs: Sequence[Measured]) -> list[list[str]]:
     return [head, *(_summary_row(run, known) for run in runs)]
 
 
+def summary_caption(rows: Sequence[Sequence[str]]) -> str:
+    """What stands with that table."""
+    return f"{_SUMMARY} {_LOST_EXPLAINED}" if any(LOST in row for row in rows) else _SUMMARY
+
+
 def _summary_row(run: Measured, known: bool) -> list[str]:
     subject, losses, at = run.subject, run.losses, run.levels.logsnr
     settings = subject.process.describe()
@@ -223,7 +222,7 @@ def _summary_row(run: Measured, known: bool) -> list[str]:
     row += [mean(losses.loss), mean(losses.loss, weighted=True)]
     row += [mean(losses.floor), mean(losses.excess)] if run.has_floor else ["", ""] if known else []
     median = f"{run.allocation.median():.2f}".replace("-0.00", "0.00")
-    return [*row, mean(losses.to_v * losses.loss), median, _short(whole.noise_scale)]
+    return [*row, mean(losses.to_v * losses.loss), median, _short(whole.noise_scale) or LOST]
 
 
 def _target(subject: Subject) -> str:

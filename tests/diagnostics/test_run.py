@@ -16,7 +16,7 @@ from erdfast import diagnose
 from erdfast.diagnostics.allocation import allocate
 from erdfast.diagnostics.gradients import LevelGradients
 from erdfast.diagnostics.noise_level_losses import LevelMeasures, v_factor
-from erdfast.diagnostics.run import summary_table
+from erdfast.diagnostics.run import summary_caption, summary_table
 from erdfast.diagnostics.run_figures import (
     COLORS,
     LINES,
@@ -203,13 +203,13 @@ def test_quick_is_at_most(tmp_path):
 # ---------------------------------------------------------------------- figures and table
 
 
-def measured(name: str, target: str = "v", **changed) -> Measured:
+def measured(name: str, target: str = "v", *, signal: float = 1.0, **changed) -> Measured:
     """Made-up numbers at four levels."""
     process = Process("flow", target, "erd")
     levels = levels_of(process, shared_logsnr([process], 4))
     some = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     numbers = dict.fromkeys(LevelMeasures._fields, some) | {"to_v": v_factor(levels.coef)} | changed
-    products = torch.eye(4, dtype=torch.float64)
+    products = signal * torch.eye(4, dtype=torch.float64)
     gradients = LevelGradients(some, some / 10, some, some, some / 10, products, 100, 100)
     of = subject(Zero(), process, name=name)
     return Measured(of, levels, allocate(process), LevelMeasures(**numbers), gradients)
@@ -256,3 +256,12 @@ def test_the_table():
     assert (two["error"], two["weighted error"]) == ("0.25", "0.25")  # erd's mean weight is 1
     assert two["median log-SNR of M"] == "0.00"
     assert dict(zip(head, first, strict=True))["noise scale of the gradient"] == two["noise scale of the gradient"]
+
+
+def test_a_noise_scale_that_is_not_known_says_why():
+    """With as few samples as --quick takes there may be nothing of the gradient above its noise."""
+    known, lost = (summary_table([measured("one", signal=signal)]) for signal in (1.0, -1.0))
+    assert dict(zip(*lost, strict=True))["noise scale of the gradient"] == "lost in noise"
+    assert "more --grad-samples, without --quick, may bring it out" in summary_caption(lost)
+    assert float(dict(zip(*known, strict=True))["noise scale of the gradient"]) > 0
+    assert "lost in noise" not in summary_caption(known)
