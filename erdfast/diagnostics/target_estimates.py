@@ -3,7 +3,7 @@
 Where the posterior is known (a Gaussian mixture), it is used. For any other data, the least error m of a prediction of
 x0 lies between
 
-    in_set <= m <= left_out, linear        (each in expectation)
+    in_set <= m <= left_out, linear, one_factor        (each in expectation)
 
     in_set      the least error if the samples were all there is: the posterior is a softmax over them, among them the
                 one that x_t was made from. The least error is a concave functional of the data's distribution (Wu &
@@ -12,9 +12,14 @@ x0 lies between
                 for that sample, so its error is no less than the least; it stays above the distance between points.
     linear      the best linear prediction, from the mean and covariance (shrunk as Ledoit & Wolf say) of one half of
                 the samples, on the other half, its mean over the noise taken in closed form.
+    one_factor  the best prediction a*x_t with one number a for all elements, about the mean: s^2 / (1 + s^2 SNR) of
+                data with mean variance s^2, whatever their distribution. Predictions that need no x_t are among those
+                that it is the best of: 0 for eps leaves 1, the mean for x0 leaves s^2, and no target keeps more than
+                its own variance, however badly the other two generalise. With the samples' s^2 it is too small on
+                average, at most by about a quarter of the squared relative error of s^2.
 
-Bounds on the conditional variance follow for every target, and those on the conditional mean by subtraction. Standard
-errors take the samples as independent.
+The least of the upper bounds is taken. Bounds on the conditional variance follow for every target, and those on the
+conditional mean by subtraction. Standard errors take the samples as independent.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from .target_statistics import Place
 LEAST_SAMPLES = 16
 MOST_SAMPLES = 10_000
 """Every pair of samples is compared."""
-UPPER, LOWER = ("left_out", "linear"), "in_set"
+UPPER, LOWER = ("left_out", "linear", "one_factor"), "in_set"
 
 
 class Estimate(NamedTuple):
@@ -73,9 +78,12 @@ def draw_noise(x: Tensor, seed: int) -> Tensor:
 def summarise_draws(x: Tensor, eps: Tensor) -> Draws:
     """Of samples and noise, both (M, D) float64."""
     away = x - x.mean(0)
-    unbiased = x.shape[0] / (x.shape[0] - 1)
-    values = (away.square() * unbiased, away * eps, eps.square())
-    return Draws(*(value.mean(1) for value in values))
+    return Draws(_squares(x), (away * eps).mean(1), eps.square().mean(1))
+
+
+def _squares(x: Tensor) -> Tensor:
+    """(M, D) => (M,): distance from the mean, squared, per element; the mean over M is the variance without bias."""
+    return (x - x.mean(0)).square().mean(1) * (x.shape[0] / (x.shape[0] - 1))
 
 
 def x0_errors(sample: Sample, eps: Tensor, logsnr: Tensor, seed: int) -> dict[str, Tensor]:
@@ -87,10 +95,11 @@ def x0_errors(sample: Sample, eps: Tensor, logsnr: Tensor, seed: int) -> dict[st
         seed: of the halves.
 
     Returns:
-        in_set, left_out, linear; and exact where the posterior is known.
+        in_set, left_out, linear, one_factor; and exact where the posterior is known.
     """
     x = sample.x.double()
-    found = set_errors(x, eps, logsnr) | {"linear": linear_errors(x, logsnr, seed)}
+    found = set_errors(x, eps, logsnr)
+    found |= {"linear": linear_errors(x, logsnr, seed), "one_factor": one_factor_errors(x, logsnr)}
     if isinstance(sample.dataset, GaussianMixture):
         found["exact"] = mixture_errors(sample.dataset, x, eps, logsnr)
     return found
@@ -151,6 +160,13 @@ def _linear_errors(fitted: Tensor, x: Tensor, logsnr: Tensor) -> Tensor:
     return ((1.0 - passed).square() @ powers.T + noise) / width
 
 
+def one_factor_errors(x: Tensor, logsnr: Tensor) -> Tensor:
+    """(L, M), the mean over the noise: of x0 the share p = s^2 SNR / (1 + s^2 SNR) is passed on, and noise with it."""
+    squares, snr = _squares(x), logsnr.exp()[:, None]
+    passed = torch.sigmoid(logsnr + squares.mean().log())[:, None]
+    return (1.0 - passed).square() * squares + passed.square() / snr
+
+
 def ledoit_wolf_shrinkage(variances: Tensor, norms: Tensor, width: int) -> float:
     """How far Ledoit and Wolf (2004) bring a covariance S to a multiple of the identity, in [0, 1].
 
@@ -178,12 +194,12 @@ def mixture_errors(mixture: GaussianMixture, x: Tensor, eps: Tensor, logsnr: Ten
 
 
 def known_errors(errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is known of the least error: exact, or lower and upper, the better of the upper bounds at each level."""
+    """What is known of the least error: exact, or lower and upper, the best of the upper bounds at each level."""
     if "exact" in errors:
         return {"exact": errors["exact"]}
-    first, second = (errors[name] for name in UPPER)
-    better = (first.mean(1) < second.mean(1))[:, None]
-    return {"lower": errors[LOWER], "upper": torch.where(better, first, second)}
+    bounds = torch.stack([errors[name] for name in UPPER])
+    best = bounds.mean(2).argmin(0)
+    return {"lower": errors[LOWER], "upper": bounds[best, torch.arange(bounds.shape[1])]}
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -200,7 +216,8 @@ def root(square: Estimate) -> Estimate:
 def estimate_target(draws: Draws, known: Mapping[str, Tensor], place: Place, c: Pair) -> DataEstimates:
     """Of the target c at L places, from samples and from what is known of the error of x0 there, (L, M) each.
 
-    A larger error of x0 is a larger conditional variance and a smaller conditional mean: the bounds change places.
+    A larger error of x0 is a larger conditional variance and a smaller conditional mean: the bounds change places. The
+    upper bound of the variance is no more than Var y, since one_factor is among the bounds of x0.
     """
     gain = ((c[0] * place.sigma - c[1] * place.alpha) / place.sigma).square()[:, None]
     total = c[0].square()[:, None] * draws.data + c[1].square()[:, None]  # Var y, its mean over the noise

@@ -22,31 +22,41 @@ The three numbers over the log-SNR, by target: lines are closed forms, markers e
 their standard errors. Schedules that preserve the variance share their curves but for u, the
 velocity of the schedule, whose size is that of its slope; of u, markers are of the first such schedule and of others
 that do not preserve the variance. Conditional means above 1 are on a logarithmic scale if there are data. Conditional
-variances below 1e-4, among them lower bounds of 0, lie below the picture: one marker alone is no certainty."""
+variances below 1e-4, among them lower bounds of 0, lie below the picture: a filled marker alone is no certainty."""
 TIME_CAPTION = """\
 The same over time, by schedule ({kind}): where training steps with uniform times are spent."""
 ERRORS_CAPTION = """\
 The least error of x0 as a share of what independent Gaussian elements of the same variance would leave, with twice
-the standard errors. It lies above the curve of the set itself and below the others; where these meet, it is known.
-Curves that leave the picture go on above it."""
+the standard errors. It lies above the curve of the set itself and below the others, and below 1, which is what the
+best prediction with one factor for all elements leaves; where these meet, it is known. Curves that leave the picture
+go on above it."""
+LOGSNR_AXIS = "log-SNR      noise  ←  →  clean"
+_MARKS = {
+    "upper": {
+        "filled": "the correlation; lowest upper bound of the variance,\nand the lower bound of the mean that it gives",
+        "hollow": "lower bound of the variance,\nand the upper bound of the mean that it gives",
+    },
+    "exact": {"filled": "the correlation of the samples;\nmean and variance by the exact posterior"},
+}
+"""What markers are, by `Measured.shown`."""
 
-_TARGET_STYLE = {
+TARGET_STYLE = {
     "eps": (BLUE, "-", "o"),
     "x0": (ORANGE, "--", "s"),
     "v": (GREEN, "-.", "^"),
     "score": (BLACK, ":", "D"),
     "u": (PURPLE, (0, (5, 1, 1, 1, 1, 1)), "v"),
-    "k": (YELLOW, (0, (3, 1)), "P"),
+    "k": (YELLOW, (0, (11, 2.5)), "P"),
 }
-_SCHEDULE_STYLE = {
+SCHEDULE_STYLE = {
     "cosine": (BLUE, "-", "o"),
     "ddpm_linear": (SKY, "--", "s"),
     "sd_linear": (GREEN, "-.", "^"),
     "logsnr_linear": (PURPLE, ":", "D"),
-    "flow": (ORANGE, "--", "X"),
-    "vp": (YELLOW, "-.", "v"),
-    "gvp": (BLACK, ":", "P"),
-    "logsnr_uniform": (GREY, "-", "*"),
+    "flow": (ORANGE, (0, (11, 2.5)), "X"),
+    "vp": (YELLOW, (0, (5, 1, 1, 1, 1, 1)), "v"),
+    "gvp": (BLACK, (0, (1, 4)), "P"),
+    "logsnr_uniform": (GREY, (0, (4, 1, 4, 1, 1, 1)), "*"),
 }
 _ERROR_STYLE = {
     "linear": (BLUE, "s--", "linear, the other half"),
@@ -78,10 +88,12 @@ def draw_by_logsnr(curves: Mapping[str, Curves], data: Measured | None) -> Figur
     for axes, target in zip(grid[0], TARGETS, strict=True):
         axes.set_title(target, fontsize=12)
     for axes in grid[-1]:
-        axes.set_xlabel("log-SNR")
+        axes.set_xlabel(LOGSNR_AXIS, fontsize=9)
     handles, names = grid[0][TARGETS.index("u")].get_legend_handles_labels()
     labels = [_legend_name(name, preserving) for name in names]
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=3.2, frameon=False)
+    if data is not None:
+        _explain_marks(figure, _MARKS[data.shown])
     return figure
 
 
@@ -92,7 +104,7 @@ def _legend_name(name: str, preserving: Iterable[str]) -> str:
 
 
 def _draw_over_logsnr(axes: Axes, curve: Curves, name: str, target: str, quantity: str, data: Measured | None) -> None:
-    color, style, marker = _SCHEDULE_STYLE[name]
+    color, style, marker = SCHEDULE_STYLE[name]
     line = getattr(curve.gaussian[target], quantity)
     axes.plot(curve.place.logsnr, line, color=color, linestyle=style, linewidth=1.6, label=name)
     if data is not None:
@@ -105,7 +117,7 @@ def draw_by_time(curves: Mapping[str, Curves], data: Measured | None) -> Figure:
     grid = figure.subplots(3, len(curves), sharex=True, sharey="row", squeeze=False)
     for row, (quantity, title) in zip(grid, QUANTITIES.items(), strict=True):
         for axes, curve in zip(row, curves.values(), strict=True):
-            for target, (color, style, marker) in _TARGET_STYLE.items():
+            for target, (color, style, marker) in TARGET_STYLE.items():
                 line = getattr(curve.gaussian[target], quantity)
                 axes.plot(curve.place.time, line, color=color, linestyle=style, linewidth=1.6, label=target)
                 if data is not None:
@@ -118,8 +130,22 @@ def draw_by_time(curves: Mapping[str, Curves], data: Measured | None) -> Figure:
     for axes in grid[-1]:
         axes.set_xlabel("time (1 is noise)")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    columns = len(labels) if len(curves) > 1 else 3  # of a narrow figure
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=3.2, frameon=False)
+    if data is not None:
+        _explain_marks(figure, {"filled": _MARKS[data.shown]["filled"]})
     return figure
+
+
+def _explain_marks(figure: Figure, meanings: Mapping[str, str]) -> None:
+    """Below the panels, in grey, since colours and shapes are those of the curves."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white" if fill == "hollow" else GREY)
+        for fill in meanings
+    ]
+    figure.legend(handles, list(meanings.values()), loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def _mark(
@@ -180,9 +206,9 @@ def draw_errors(data: Measured) -> Figure:
         if name in data.errors:
             value, error = (part / gaussian for part in estimate(data.errors[name]))
             axes.errorbar(logsnr, value, 2.0 * error, fmt=style, color=color, capsize=3, linewidth=1.6, label=label)
-    axes.axhline(1.0, color=GREY, linewidth=1.0)
+    axes.axhline(1.0, color=GREY, linewidth=1.4, label="one factor for all elements")
     axes.set_ylim(-0.03, 1.5)
-    axes.set_xlabel("log-SNR")
+    axes.set_xlabel(LOGSNR_AXIS)
     axes.set_ylabel("error of x0, as a share of the Gaussian's")
     axes.legend(frameon=False, loc="upper left")
     tidy(axes)

@@ -14,6 +14,7 @@ from erdfast.process.coefficients import choose
 from erdfast.process.schedule import SCHEDULES, Schedule
 
 from .data_sample import Sample, draw_sample, row_groups
+from .page import prepare_page
 from .report import Report
 from .target_estimates import (
     LEAST_SAMPLES,
@@ -58,12 +59,13 @@ BOUNDS = """\
 The error of the best prediction of x0 from x_t, E Var(x0 | x_t), is a function of the log-SNR alone, and conditional
 means and variances of all targets follow from it. Of data that are only known by samples it can be bracketed. Below:
 what the best prediction would leave if the samples were all there is, which is too little on average. Above: what the
-same prediction leaves of a sample that was left out of them with its copies; and what a linear prediction leaves,
-fitted to one half of the samples and tested on the other. Both are predictions that anyone can make, so the best one
-leaves no more."""
+same prediction leaves of a sample that was left out of them with its copies; what a linear prediction leaves, fitted
+to one half of the samples and tested on the other; and what the best prediction with one factor for all elements
+leaves, s^2/(1 + s^2 SNR), so that no target keeps more than its own variance. All are predictions that anyone can
+make, so the best one leaves no more."""
 MARKERS = """\
-Filled markers in the figures are the lower of the two upper bounds of the conditional variance, hence a lower bound of
-the conditional mean; hollow markers are the other side."""
+Filled markers in the figures are the lowest of the three upper bounds of the conditional variance, hence a lower bound
+of the conditional mean; hollow markers are the other side."""
 EXACT = """\
 For a mixture of Gaussians the posterior is known, and so are all three numbers, up to the sampling of x_t: markers in
 the figures are these. The bounds that are made for any data are shown beside it."""
@@ -156,7 +158,9 @@ def run_targets(options: Targets, about: Mapping[str, Any]) -> None:
     """
     from . import target_figures as figures
 
-    data = None if options.data is None else measure_data(options)
+    sample = None if options.data is None else draw_data(options)
+    prepare_page(options.out)
+    data = None if sample is None else measure_data(sample, options.seed)
     about = dict(about) | ({} if data is None else {"data": data.described})
     report = Report(options.out, "How predictable targets are", about)
     curves = {name: curves_of(build_schedule(name), options.k, data) for name in options.schedules}
@@ -202,23 +206,27 @@ def tabled(schedules: tuple[str, ...]) -> list[str]:
     return [name for name in schedules if name not in preserving[1:]]
 
 
-def measure_data(options: Targets) -> Measured:
-    """Everything that the data give, whatever the schedule.
+def draw_data(options: Targets) -> Sample:
+    """Samples of the data that `options` name.
 
     Raises:
         ValueError: data that cannot be read, or too few; names the data.
     """
     assert options.data is not None
-    sample: Sample = draw_sample(
+    return draw_sample(
         options.data,
         options.num_samples,
         seed=options.seed,
         latent_scale=options.latent_scale,
         at_least=LEAST_SAMPLES,
     )
+
+
+def measure_data(sample: Sample, seed: int) -> Measured:
+    """Everything that the data give, whatever the schedule; `seed` is that of the noise and of the halves."""
     x, logsnr = sample.x.double(), torch.tensor(LOGSNR, dtype=torch.float64)
-    eps = draw_noise(x, options.seed)
-    errors = x0_errors(sample, eps, logsnr, options.seed)
+    eps = draw_noise(x, seed)
+    errors = x0_errors(sample, eps, logsnr, seed)
     draws = summarise_draws(x, eps)
     copies = x.shape[0] - int(row_groups(sample.x).max()) - 1
     mean = float(x.mean(0).square().mean().sqrt())

@@ -19,6 +19,7 @@ from erdfast.diagnostics.target_estimates import (
     known_errors,
     linear_errors,
     mixture_errors,
+    one_factor_errors,
     root,
     set_errors,
     summarise_draws,
@@ -137,7 +138,7 @@ def test_a_mixtures_error_lies_between_the_bounds(shape):
     sample = Sample(mixture.gather(torch.arange(800)).x.flatten(1), mixture, "")
     found = x0_errors(sample, draw_noise(sample.x.double(), 0), LOGSNR, 0)
     exact = estimate(found["exact"])
-    for name, sign in (("in_set", -1), ("left_out", 1), ("linear", 1)):
+    for name, sign in (("in_set", -1), ("left_out", 1), ("linear", 1), ("one_factor", 1)):
         # Errors of the same points and noise: what they differ by is better known than either.
         apart = estimate(sign * (found[name] - found["exact"]))
         assert (apart.value > -4 * apart.error).all(), name
@@ -169,11 +170,28 @@ def test_the_exact_error_is_the_bayes_floor():
     assert ((found.value - floor).abs() < 4 * found.error).all()
 
 
-def test_the_better_upper_bound_is_taken():
-    first, second = torch.tensor([[1.0, 1.0], [4.0, 4.0]]), torch.tensor([[2.0, 2.0], [3.0, 3.0]])
-    found = known_errors({"in_set": 0 * first, "left_out": first, "linear": second})
-    assert found["upper"].tolist() == [[1.0, 1.0], [3.0, 3.0]]
-    assert found["lower"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+def test_one_factor_is_the_best_of_its_kind():
+    """Whatever the data's distribution: s^2 / (1 + s^2 SNR), with noise that is drawn; other factors leave more."""
+    x, eps = 3.0 + 0.7 * normal(40_000, 3).abs(), normal(40_000, 3, seed=1)
+    found, away = estimate(one_factor_errors(x, LOGSNR)), x - x.mean(0)
+    variance = float(x.var(0).mean())
+    torch.testing.assert_close(found.value, variance / (1.0 + variance * LOGSNR.exp()), rtol=1e-4, atol=0.0)
+    for level, (alpha, sigma) in enumerate(amplitudes()):
+        x_t, a = alpha * away + sigma * eps, alpha * variance / (alpha**2 * variance + sigma**2)
+        left = [estimate((f * a * x_t - away).square().mean(1)[None]) for f in (1.0, 0.8, 1.25)]
+        assert abs(float(left[0].value - found.value[level])) < 4 * float(left[0].error)
+        assert float(left[0].value) < min(float(other.value) for other in left[1:])
+
+
+def test_the_best_upper_bound_is_taken():
+    first, second = (
+        torch.tensor([[1.0, 1.0], [4.0, 4.0], [9.0, 9.0]]),
+        torch.tensor([[2.0, 2.0], [3.0, 3.0], [8.0, 8.0]]),
+    )
+    third = torch.tensor([[5.0, 5.0], [5.0, 5.0], [7.0, 6.0]])
+    found = known_errors({"in_set": 0 * first, "left_out": first, "linear": second, "one_factor": third})
+    assert found["upper"].tolist() == [[1.0, 1.0], [3.0, 3.0], [7.0, 6.0]]
+    assert found["lower"].tolist() == [[0.0, 0.0]] * 3
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "flow"])
