@@ -17,7 +17,7 @@ from torch import Tensor
 
 from erdfast.process import Process
 
-from .data_sample import distinct_rows, draw_sample
+from .data_sample import Sample, distinct_rows, draw_sample
 from .intrinsic_dimension import (
     ESTIMATORS,
     Estimate,
@@ -40,6 +40,7 @@ from .linear_theory import (
     train_layer,
 )
 from .manifold_data import MANIFOLDS
+from .page import prepare_page
 from .report import Report
 
 AMBIENT = 256
@@ -134,7 +135,9 @@ def run_dimension(options: Dimension, about: Mapping[str, Any]) -> None:
     """
     from . import dimension_figures as figures
 
-    data = None if options.data is None else measure_data(options)
+    drawn = None if options.data is None else draw_data(options)
+    prepare_page(options.out)
+    data = None if drawn is None else measure_data(options, drawn)
     about = dict(about) | ({} if data is None else {"data": data.described})
     report = Report(options.out, "Dimension of data and the k of k-Diff", about)
     report.heading("Where the linear theory puts k", THEORY)
@@ -256,21 +259,49 @@ class Measured(NamedTuple):
         )
 
 
-def measure_data(options: Dimension) -> Measured:
-    """Everything on the data that `options` name.
+class Drawn(NamedTuple):
+    """Samples that are enough for estimates."""
+
+    sample: Sample
+    points: Tensor
+    """Its distinct rows."""
+
+
+def draw_data(options: Dimension) -> Drawn:
+    """Samples of the data that `options` name.
 
     Raises:
         ValueError: data that cannot be read, or too few distinct samples; names the data.
     """
     assert options.data is not None
-    sample = draw_sample(
-        options.data,
-        options.num_samples,
-        seed=options.seed,
-        latent_scale=options.latent_scale,
-        at_least=least_points(options.neighbours[1]),
-    )
+    (first, last), needed = options.neighbours, least_points(options.neighbours[1])
+    few, remedy = f"estimates need {needed:,} or more", f"with smaller --neighbours than {first} {last}, fewer will do"
+    try:
+        sample = draw_sample(
+            options.data,
+            options.num_samples,
+            seed=options.seed,
+            latent_scale=options.latent_scale,
+            at_least=needed,
+        )
+    except ValueError as error:
+        if not str(error).endswith(few):
+            raise
+        # What draws samples does not know which option asks for so many.
+        raise ValueError(f"{error}; {remedy}") from error
     points = distinct_rows(sample.x)
+    if len(points) < needed:
+        raise ValueError(f"data {options.data}: {len(points):,} distinct samples are too few, {few}; {remedy}")
+    return Drawn(sample, points)
+
+
+def measure_data(options: Dimension, drawn: Drawn) -> Measured:
+    """Everything on the data.
+
+    Raises:
+        ValueError: the estimators have no answer; names the data.
+    """
+    sample, points = drawn
     try:
         by_size = estimates_by_size(points, options.neighbours, discard=options.discard, seed=options.seed)
         distances = neighbour_distances(points, min(MOST_NEIGHBOURS, points.shape[0] - 1))

@@ -165,10 +165,13 @@ def draw_spectrum(data: Measured) -> Figure:
     left, right = figure.subplots(1, 2)
     shares = (data.variances / data.variances.sum()).numpy()
     shown = int((shares > 1e-9).sum())
-    left.loglog(np.arange(1, shown + 1), shares[:shown], color=BLUE, linewidth=1.8)
+    # A single component has no line: markers show it.
+    left.loglog(np.arange(1, shown + 1), shares[:shown], "o-", color=BLUE, linewidth=1.8, markersize=3.5)
+    left.set_xlim(0.9, 1.1 * max(shown, 10))
     left.set_xlabel("principal component")
     left.set_ylabel("share of the variance")
-    right.semilogx(np.arange(1, len(shares) + 1), shares.cumsum(), color=BLUE, linewidth=1.8)
+    together = shares.cumsum()
+    right.semilogx(np.arange(1, len(shares) + 1), together, "o-", color=BLUE, linewidth=1.8, markersize=3.5)
     marks = (
         ("participation ratio", participation_ratio(data.variances), GREY, ":"),
         ("two-NN MLE", data.estimates["two-NN MLE"].value, ORANGE, "--"),

@@ -18,10 +18,12 @@ from erdfast.diagnostics.dimension import (
     Dimension,
     build_process,
     data_table,
+    draw_data,
     measure_data,
     one_thread,
     trained_table,
 )
+from erdfast.diagnostics.dimension_figures import draw_spectrum
 from erdfast.diagnostics.intrinsic_dimension import ESTIMATORS, Estimate
 from erdfast.diagnostics.linear_theory import averages_of, best_k, k_star, optimal_loss, subspace_variances
 from tests.runs import refused, single_thread
@@ -55,6 +57,11 @@ def normal(num: int, seed: int = 0) -> torch.Tensor:
     """(num, 16) points of a plane of three dimensions."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num, 3, generator=generator) @ torch.randn(3, 16, generator=generator)
+
+
+def measured(spec: str) -> dimension.Measured:
+    options = Dimension(out=Path("unused"), data=spec, latent_scale="stored")
+    return measure_data(options, draw_data(options))
 
 
 def page_of(arguments: list[str], out: Path) -> str:
@@ -102,7 +109,7 @@ def test_with_digits(small, tmp_path):
 def test_the_table_of_data_in_a_plane(tmp_path):
     """Three of 16 dimensions: every estimator says so, and k = D/(D+d) of each."""
     spec = save(tmp_path / "plane.npz", normal(1000))
-    found = measure_data(Dimension(out=tmp_path, data=spec, latent_scale="stored"))
+    found = measured(spec)
     assert (found.ambient, found.duplicates) == (16, 0)
     for name in ESTIMATORS:
         assert found.estimates[name].value == pytest.approx(3, rel=0.15)
@@ -135,9 +142,9 @@ def test_the_theory_of_a_covariance_is_that_of_the_subspace(tmp_path):
 
 def test_copies_are_counted_once_and_said(small, tmp_path):
     x = normal(300)
-    once = measure_data(Dimension(out=tmp_path, data=save(tmp_path / "once.npz", x), latent_scale="stored"))
+    once = measured(save(tmp_path / "once.npz", x))
     spec = save(tmp_path / "twice.npz", torch.cat([x, x[:120]]))
-    twice = measure_data(Dimension(out=tmp_path, data=spec, latent_scale="stored"))
+    twice = measured(spec)
     assert (once.duplicates, twice.duplicates) == (0, 120)
     for name in ESTIMATORS:
         assert twice.estimates[name].value == pytest.approx(once.estimates[name].value, rel=1e-5)
@@ -199,11 +206,11 @@ def test_bad_options_are_refused(options, message, capsys, tmp_path):
 
 
 def test_bad_data_are_refused(capsys, tmp_path):
-    x = normal(200)
+    x, fewer = normal(200), "with smaller --neighbours than 10 20, fewer will do"
     cases = {
-        "one": (x[:1], "1 samples are too few, estimates need 84 or more"),
+        "one": (x[:1], f"1 samples are too few, estimates need 84 or more; {fewer}"),
         "constant": (torch.ones(200, 16), "all 200 samples are equal, there is nothing to estimate"),
-        "few": (x[:10].repeat(20, 1), "10 distinct samples are too few for neighbours up to 20: 84 or more"),
+        "few": (x[:10].repeat(20, 1), f"10 distinct samples are too few, estimates need 84 or more; {fewer}"),
     }
     for name, (values, message) in cases.items():
         spec = save(tmp_path / f"{name}.npz", values)
@@ -211,4 +218,26 @@ def test_bad_data_are_refused(capsys, tmp_path):
         line = refused(capsys, diagnose.main, arguments)
         assert message in line, line
         assert spec in line, line
+        assert line.endswith(message), line
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "digits"]])
+def test_an_impossible_folder_is_refused_before_the_work(capsys, tmp_path, monkeypatch, data):
+    for name in ("loss_curves", "optimal_ks", "trained_table", "measure_data"):
+        monkeypatch.setattr(dimension, name, lambda *_: pytest.fail("worked"))
+    (tmp_path / "taken").write_text("a file")
+    for out in (tmp_path / "taken", "/proc/self/fdinfo"):  # the second is a folder, and nobody can
+        line = refused(capsys, diagnose.main, ["dimension", "--out", out, *data])
+        assert f"--out {out} cannot be written" in line
+
+
+def test_a_single_component_is_drawn(tmp_path):
+    """Data on a line have one, and a line through one point is nothing."""
+    along = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
+    found = measured(save(tmp_path / "line.npz", along * torch.arange(1.0, 17.0)))
+    left, right = draw_spectrum(found).axes
+    assert [np.size(left.lines[0].get_xdata()), np.size(right.lines[0].get_xdata())] == [1, 16]
+    for axes in (left, right):
+        assert axes.lines[0].get_marker() == "o"
+        assert axes.get_xlim()[0] < 1 < axes.get_xlim()[1]
