@@ -21,6 +21,10 @@
 # training step of uvit_h2 a minute before its first step where torch.compile is among the sides. Nobody knows it yet of
 # bench_linear, compare_* and accuracy_*. One stage at a time: what else runs makes compilation several times slower.
 #
+# Half an hour of a GPU, in calls of less than ten minutes, answers most in this order: check tests_kernels accuracy_uvit_h2;
+# step_uvit_h2; profile_uvit_h2 bench_linear (then budget.md shows the largest gap by measurement); compare_kernels_uvit_h2;
+# step_dit_xl2; bench_sampler.
+#
 # Environment: PYTHON (python3), WHEELS (wheels), LIMIT_S (450: seconds for a command), ROUNDS (31), DTYPES (bfloat16 float32),
 # ERDFAST_COMMIT (what results say where there is no .git), ERD, UVIT, LIGHTNINGDIT (checkouts of other repositories to be
 # measured beside ours), OUT (a folder that gets a copy of the log and of every result that a stage wrote).
