@@ -36,9 +36,9 @@ def run_case(folder: Path, name: str, options: dict[str, Any], world: World) -> 
     folder = folder / f"{name}-{world.size}"
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(**(LINEAR | options))
-    precision._fp8_backend = lambda _device: "reference"  # these are CPUs
-    trainer = Trainer(config, open_data(config), folder, world, say=lambda _line: None)
-    trainer.train()
+    with unittest.mock.patch.object(precision, "_fp8_backend", return_value="reference"):  # these are CPUs
+        trainer = Trainer(config, open_data(config), folder, world, say=lambda _line: None)
+        trainer.train()
     weights = [float(full_tensor(p.detach()).double().square().sum()) for p in trainer.parameters.values()]
     trainer.averaged.refresh()
     averages = [float(p.double().square().sum()) for p in trainer.averaged.model.parameters()]

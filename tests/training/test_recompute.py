@@ -130,8 +130,14 @@ def test_compiled_by_block(model):
     torch._dynamo.reset()
     gradients = {mode: end.gradients for mode, end in ends.items()}
     kept = {mode: end.kept for mode, end in ends.items()}
-    for mode in ("selective", "full"):
-        assert_same_bits(gradients[mode], gradients["none"])
+    assert_same_bits(gradients["selective"], gradients["none"])
+    if model == "dit_tiny":
+        assert_same_bits(gradients["full"], gradients["none"])
+    else:  # blocks end with their sums: of the three gradients that meet where a skip leaves, another pair is first
+        assert gradients["full"].keys() == gradients["none"].keys()
+        for name, gradient in gradients["full"].items():
+            error = (gradient - gradients["none"][name]).norm() / gradients["none"][name].norm().clamp_min(1e-30)
+            assert error < 1e-6, name
     assert kept["none"] > 1.2 * kept["selective"] > 1.2 * 1.2 * kept["full"]
 
 
