@@ -249,7 +249,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def blocks_for_sharding(self) -> list[nn.Module]:
-        """The blocks in running order: the units of sharding, compiling and recomputing."""
+        """The blocks in running order: the units of sharding, compiling and recomputing.
+
+        Transformers' blocks take and give a `Stream` (layers.py), not a tensor: for features hook `readout()`.
+        """
         raise NotImplementedError
 
     def readout(self) -> nn.Module:

@@ -83,6 +83,9 @@ class UViTConfig(TransformerConfig):
 class UViTBlock(nn.Module):
     """Pre-norm attention and MLP; a block of the second half first joins its partner's output."""
 
+    shares_sum = True
+    """The sum that comes in is kept for a partner: recomputing must not keep its parts as well."""
+
     def __init__(self, config: UViTConfig, *, skip: bool = False) -> None:
         super().__init__()
         width = config.width
@@ -151,11 +154,11 @@ class UViT(Backbone):
     def forward(self, x: Tensor, time: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), (B,) or None => (B, C, H, W)."""
         self.check_inputs(x, time, y)
-        stream, entered = Stream(self._tokens(x, time, y)), []
+        stream, skips = Stream(self._tokens(x, time, y)), []
         for block in [*self.in_blocks, self.mid_block]:
             stream, entered_BLD = block(stream)
-            entered.append(entered_BLD)
-        _, *skips = entered  # what comes into a block is what the one before put out
+            skips.append(entered_BLD)
+        del skips[0]  # what comes into a block is what the one before put out
         for block in self.out_blocks:
             stream, _ = block(stream, skips.pop())
         # The norm acts on each token alone, so that the tokens that are not decoded need none.

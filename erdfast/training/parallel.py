@@ -14,6 +14,7 @@ import contextlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -240,6 +241,8 @@ def shard(model: Backbone, mode: str, world: World, precision: PrecisionPolicy) 
     if mode == "hsdp":
         shape, names = (world.nodes, world.local_size), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    # Blocks give gates and branches that are views (models/layers.py, Stream); nothing changes them in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     low = MixedPrecisionPolicy(
         param_dtype=precision.autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -2,6 +2,9 @@
 
 full        everything of a block: a third more operations, the least memory
 selective   matrix products and attention are kept, norms, activations and residuals computed again: hardly more time
+
+Gradients are those without, to the last bit; but of a compiled U-ViT to rounding, because three gradients meet where a
+skip leaves the stream.
 """
 
 from __future__ import annotations
@@ -43,8 +46,10 @@ def apply_recompute(model: Backbone, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks_for_sharding():
-        # What is kept between blocks is the stream alone, not the last branch as well, of which it is a part.
-        forward = functools.partial(_summed_up, block.forward) if mode == "full" else block.forward
+        # What is kept between blocks is the stream alone, not the last branch as well, of which it is a part. Selective
+        # keeps that branch anyhow, as the result of a product; but not both and their sum.
+        summed = mode == "full" or getattr(block, "shares_sum", False)
+        forward = functools.partial(_summed_up, block.forward) if summed else block.forward
         block.forward = functools.partial(checkpoint, forward, **options)
 
 

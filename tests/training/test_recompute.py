@@ -1,4 +1,5 @@
-"""Activation checkpointing changes what is kept for backward and nothing else: gradients are equal to the last bit."""
+"""Activation checkpointing changes what is kept for backward and nothing else: gradients are equal to the last bit
+(of a compiled U-ViT to rounding)."""
 
 from __future__ import annotations
 
@@ -130,12 +131,13 @@ def test_compiled_by_block(model):
     torch._dynamo.reset()
     gradients = {mode: end.gradients for mode, end in ends.items()}
     kept = {mode: end.kept for mode, end in ends.items()}
-    assert_same_bits(gradients["selective"], gradients["none"])
-    if model == "dit_tiny":
-        assert_same_bits(gradients["full"], gradients["none"])
-    else:  # blocks end with their sums: of the three gradients that meet where a skip leaves, another pair is first
-        assert gradients["full"].keys() == gradients["none"].keys()
-        for name, gradient in gradients["full"].items():
+    for mode in ("selective", "full"):
+        if model == "dit_tiny":
+            assert_same_bits(gradients[mode], gradients["none"])
+            continue
+        # Blocks end with their sums: of the three gradients that meet where a skip leaves, another pair is first.
+        assert gradients[mode].keys() == gradients["none"].keys()
+        for name, gradient in gradients[mode].items():
             error = (gradient - gradients["none"][name]).norm() / gradients["none"][name].norm().clamp_min(1e-30)
             assert error < 1e-6, name
     assert kept["none"] > 1.2 * kept["selective"] > 1.2 * 1.2 * kept["full"]
