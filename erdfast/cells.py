@@ -66,7 +66,7 @@ def run_missing(
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if read_cell(folder, cell, check) is None]
     for cell in missing:
-        _put_aside(folder / f"{cell.name}.json")
+        put_aside(folder / f"{cell.name}.json")
     context = multiprocessing.get_context("spawn")  # threads of this process would not survive a fork
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         jobs = [pool.submit(_run_and_write, run_cell, cell, folder) for cell in missing]
@@ -83,12 +83,12 @@ def run_missing(
     return len(missing)
 
 
-def _put_aside(path: Path) -> None:
-    """Somebody may want to know what it was."""
+def put_aside(path: Path) -> None:
+    """Give a file that is no result another name, if it exists: somebody may want to know what it was."""
     if path.exists():
         other = next(o for n in itertools.count(1) if not (o := path.with_name(f"{path.name}.unusable{n}")).exists())
         path.rename(other)
-        print(f"{path} is damaged or of other settings: it is now {other.name}, and is made anew", file=sys.stderr)
+        print(f"{path} is damaged or of other settings: it is now {other.name}, and made anew", file=sys.stderr)
 
 
 def _end(pool: ProcessPoolExecutor) -> None:

@@ -54,7 +54,7 @@ def test_what_is_no_result_is_put_aside_and_made_anew(tmp_path, capsys):
         (tmp_path / "number2.json").write_text(text)
         assert run_missing(square, [Number(2)], tmp_path, 1, check=lambda found: found["square"]) == 1
         assert (tmp_path / f"number2.json.unusable{number + 1}").read_text() == text
-        assert f"it is now number2.json.unusable{number + 1}, and is made anew" in capsys.readouterr().err
+        assert f"it is now number2.json.unusable{number + 1}, and made anew" in capsys.readouterr().err
         assert read_cell(tmp_path, Number(2)) == {"value": 2, "square": 4}
     assert run_missing(square, [Number(2)], tmp_path, 1, check=lambda found: found["square"]) == 0
 

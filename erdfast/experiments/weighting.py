@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from erdfast import cli
 from erdfast.atomic import write_text
-from erdfast.cells import is_of, read_cell, run_missing
+from erdfast.cells import is_of, put_aside, read_cell, run_missing
 from erdfast.training.run_directory import describe_environment
 
 from .weighting_cells import IN_PAPER, TARGETS, USUAL, WEIGHTINGS, Cell, run_cell
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def restore(cells: Sequence[Cell], out: Path) -> None:
-    """Make the files of cells that results.json alone holds.
+    """Make the files of cells that results.json alone holds; a damaged file is put aside for what is recorded.
 
     Raises:
         ValueError: results.json is damaged, or holds cells of another plan, which a new report would not.
@@ -126,9 +126,11 @@ def restore(cells: Sequence[Cell], out: Path) -> None:
     others = [name for name, result in recorded.items() if name not in ours or not is_of(result, ours[name])]
     if others:
         raise ValueError(f"{path} sums up another plan ({others[0]}, ...), and would be lost: choose another --out")
+    folder = out / "cells"
     for name, result in recorded.items():
-        if not (out / "cells" / f"{name}.json").exists():
-            write_text(out / "cells" / f"{name}.json", json.dumps(result) + "\n")
+        if read_cell(folder, ours[name], check_result) is None:
+            put_aside(folder / f"{name}.json")
+            write_text(folder / f"{name}.json", json.dumps(result) + "\n")
 
 
 def _cell_name(result: dict[str, Any]) -> str:

@@ -344,9 +344,12 @@ def test_a_report_is_made_again_from_the_results_alone(trained):
     shutil.rmtree(folder / "cells")
     assert weighting.main(["--out", str(folder), "--only-report"]) == 0
     assert json.loads((folder / "results.json").read_text())["cells"] == first["cells"]
-    (folder / "cells" / f"{cells[0].name}.json").unlink()  # and what is lost there comes back
-    assert weighting.main(["--out", str(folder), "--only-report"]) == 0
-    assert json.loads((folder / "results.json").read_text())["cells"] == first["cells"]
+    path = folder / "cells" / f"{cells[0].name}.json"
+    for lose in (Path.unlink, lambda lost: lost.write_text("{")):  # and what is lost there comes back
+        lose(path)
+        assert weighting.main(["--out", str(folder), "--only-report"]) == 0
+        assert json.loads((folder / "results.json").read_text())["cells"] == first["cells"]
+    assert path.with_name(f"{path.name}.unusable1").read_text() == "{"
 
 
 def test_results_of_another_plan_are_not_replaced(trained, monkeypatch):
